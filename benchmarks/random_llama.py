@@ -1,0 +1,79 @@
+"""Writes a random Llama checkpoint of a given shape, streamed tensor by tensor: memory stays small at any size.
+
+    python benchmarks/random_llama.py build/llama-125m
+    python benchmarks/random_llama.py build/small --hidden-size 256 --layers 2 --dtype bfloat16
+
+The default shape has 125 million parameters: hidden 768, 12 layers, 12 heads, 4 key/value heads, MLP 2048,
+vocabulary 32000. Weights are normal with the usual 0.02, norms are 1; a seed gives the same bytes every time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from llama_export.config import LlamaConfig, config_from_dict, expected_tensors
+
+_STORED = {"float32": ("F32", np.dtype(np.float32)), "float16": ("F16", np.dtype(np.float16)), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
+
+
+def write_random_checkpoint(folder: Path, config: dict[str, object], *, dtype: str = "float32", seed: int = 0) -> LlamaConfig:
+    """Writes ``config.json`` and one ``model.safetensors`` of the given dtype."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": dtype, **config}
+    parsed = config_from_dict(data)
+    (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    code, numpy_dtype = _STORED[dtype]
+    header: dict[str, object] = {}
+    end = 0
+    for name, shape in expected_tensors(parsed).items():
+        begin, end = end, end + math.prod(shape) * numpy_dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    rng = np.random.default_rng(seed)
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(len(raw).to_bytes(8, "little") + raw)
+        for name, shape in expected_tensors(parsed).items():
+            is_norm = name.endswith("norm.weight")
+            values = np.ones(shape, np.float32) if is_norm else rng.standard_normal(shape, np.float32) * np.float32(0.02)
+            stream.write(values.astype(numpy_dtype).tobytes())
+    return parsed
+
+
+def main() -> None:
+    """Command line; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--hidden-size", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--mlp", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--max-positions", type=int, default=2048, help="tokens")
+    parser.add_argument("--tied", action="store_true", help="tie the output projection to the embedding")
+    parser.add_argument("--dtype", choices=sorted(_STORED), default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    config = write_random_checkpoint(
+        args.folder,
+        {
+            "hidden_size": args.hidden_size, "num_hidden_layers": args.layers, "num_attention_heads": args.heads,
+            "num_key_value_heads": args.kv_heads, "intermediate_size": args.mlp, "vocab_size": args.vocabulary,
+            "max_position_embeddings": args.max_positions, "rms_norm_eps": 1e-5, "tie_word_embeddings": args.tied,
+            "bos_token_id": 1, "eos_token_id": 2,
+        },
+        dtype=args.dtype,
+        seed=args.seed,
+    )  # fmt: skip
+    print(f"{args.folder}: {config.num_parameters:,} parameters, {args.dtype}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""A Hugging Face checkpoint folder: where every tensor lies, byte by byte, checked before anything is built on it.
+
+Role: ``config.json`` and ``*.safetensors`` headers go in, a :class:`Checkpoint` comes out. Only headers are read here:
+opening a 140 GB checkpoint costs a few megabytes. A safetensors file is 8 bytes of little-endian header length, a JSON
+header, then the tensors' bytes; ``data_offsets`` count from the end of the header.
+
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_export.config import DTYPES, LlamaConfig, expected_tensors, load_config, load_json_object
+from llama_export.errors import CheckpointError, ConfigError
+
+DTYPE_OF_SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library itself."""
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# Old Llama checkpoints stored RoPE's frequencies as a buffer; they follow from the config, and Hugging Face drops them too.
+_IGNORED_TENSOR = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies."""
+
+    name: str
+    """Checkpoint name, e.g. ``model.layers.0.mlp.up_proj.weight``."""
+    dtype: str
+    """float32 | float16 | bfloat16"""
+    shape: tuple[int, ...]
+    """As stored; linear weights are [out, in]."""
+    file: str
+    """File name inside the checkpoint folder."""
+    offset: int
+    """Bytes from the start of the file."""
+    nbytes: int
+    """Length in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One safetensors file."""
+
+    name: str
+    size: int
+    """Bytes."""
+    mtime_ns: int
+    header_sha256: str
+    """Of the length field and the JSON header: names, dtypes, shapes and offsets of all tensors in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checked checkpoint: every tensor the config implies is there once, with the right shape, inside its file."""
+
+    folder: Path
+    config: LlamaConfig
+    tensors: Mapping[str, TensorEntry]
+    """Checkpoint name -> entry; exactly the names of :func:`llama_export.config.expected_tensors`."""
+    files: tuple[WeightFile, ...]
+    """The weight files in use, sorted by name."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Sum of all tensors, bytes."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of the embedding, which decides for ``--dtype auto`` when the config states none."""
+        return self.tensors["model.embed_tokens.weight"].dtype
+
+
+def load_checkpoint(folder: Path, allow_config_keys: Collection[str] = ()) -> Checkpoint:
+    """Opens a checkpoint folder and checks it against its config.
+
+    Raises:
+        ConfigError: see :func:`llama_export.config.load_config`.
+        CheckpointError: no safetensors, pickles only, a truncated or overlapping file, or tensors that are missing,
+            unexpected or mis-shaped (both sets are listed).
+    """
+    _check_folder(folder)
+    config = load_config(folder, allow_config_keys)
+    names = _weight_file_names(folder)
+    entries: dict[str, TensorEntry] = {}
+    files = []
+    for name in names:
+        file, found = read_safetensors_header(folder / name)
+        files.append(file)
+        for entry in found:
+            if entry.name in entries:
+                raise CheckpointError(
+                    f"tensor `{entry.name}` is stored twice",
+                    details={"first": entries[entry.name].file, "second": entry.file},
+                    hint="remove the file that does not belong to this checkpoint",
+                )
+            entries[entry.name] = entry
+    tensors = _match_tensors(folder, config, entries)
+    used = {entry.file for entry in tensors.values()}
+    return Checkpoint(folder, config, tensors, tuple(file for file in files if file.name in used))
+
+
+def read_safetensors_header(path: Path) -> tuple[WeightFile, list[TensorEntry]]:
+    """The header of one safetensors file, every offset checked against the file's size before use.
+
+    Raises:
+        CheckpointError: missing, not safetensors, truncated, or a dtype that is not a float this package exports.
+    """
+    hint = "download the file again: its size or content is not what its header says"
+    try:
+        stat = path.stat()
+        with path.open("rb") as stream:
+            length_field = stream.read(8)
+            if len(length_field) < 8:
+                raise _bad_file(path, f"{stat.st_size} bytes", "at least 8 bytes (the header's length)", hint)
+            header_bytes = int.from_bytes(length_field, "little")
+            if header_bytes > min(stat.st_size - 8, _MAX_HEADER_BYTES):
+                raise _bad_file(
+                    path, f"a header of {header_bytes} bytes in a file of {stat.st_size}", "a header that fits the file", hint
+                )
+            raw = stream.read(header_bytes)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"weight file `{path.name}` is missing", details={"looked in": path.parent}, hint="download the missing shard"
+        ) from None
+    except OSError as err:
+        raise CheckpointError(f"weight file `{path.name}` cannot be read", details={"file": path, "reason": err}) from err
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        base = 8 + header_bytes
+        entries = [_entry(path, name, item, base, stat.st_size, hint) for name, item in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise _bad_file(path, f"a header that is not safetensors JSON ({err!r})", "safetensors", hint) from err
+    end = base
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset < end:
+            raise _bad_file(path, f"`{entry.name}` overlapping its neighbour at byte {entry.offset}", "disjoint tensors", hint)
+        end = entry.offset + entry.nbytes
+    digest = hashlib.sha256(length_field + raw).hexdigest()
+    return WeightFile(path.name, stat.st_size, stat.st_mtime_ns, digest), entries
+
+
+def _entry(path: Path, name: str, item: Mapping[str, Any], base: int, size: int, hint: str) -> TensorEntry:
+    shape = tuple(item["shape"])
+    begin, end = item["data_offsets"]
+    if not all(isinstance(value, int) and value >= 0 for value in (*shape, begin, end)):
+        raise _bad_file(path, f"`{name}` with shape {shape} and offsets {begin}, {end}", "non-negative integers", hint)
+    dtype = DTYPE_OF_SAFETENSORS.get(item["dtype"])
+    if dtype is None:
+        raise CheckpointError(
+            f"tensor `{name}` has dtype {item['dtype']}",
+            details={"file": path, "got": item["dtype"], "expected": " | ".join(DTYPE_OF_SAFETENSORS)},
+            hint="export the original float checkpoint, not a quantised or integer one",
+        )
+    nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+    if end - begin != nbytes:
+        raise _bad_file(path, f"`{name}` of {end - begin} bytes", f"{nbytes} bytes for {dtype} {list(shape)}", hint)
+    if base + end > size:
+        raise CheckpointError(
+            f"weight file `{path.name}` is truncated",
+            details={"file": path, "tensor": name, "got": f"{size} bytes", "expected": f"at least {base + end} bytes"},
+            hint=hint,
+        )
+    return TensorEntry(name, dtype, shape, path.name, base + begin, nbytes)
+
+
+def _bad_file(path: Path, got: str, expected: str, hint: str) -> CheckpointError:
+    return CheckpointError(
+        f"`{path.name}` is not a valid safetensors file", details={"file": path, "got": got, "expected": expected}, hint=hint
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise CheckpointError(
+            f"`{folder}` is not a folder", details={"expected": "a Hugging Face checkpoint folder"},
+            hint="give the folder that holds config.json and the *.safetensors files",
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        raise CheckpointError(
+            f"no folder `{folder}`", details={"expected": "a local checkpoint folder"},
+            hint=f"a hub id is not downloaded for you: hf download {folder} --local-dir {folder.name}, then export {folder.name}",
+        )
+    raise CheckpointError(f"no folder `{folder}`", details={"expected": "a local checkpoint folder"}, hint="check the path")
+
+
+def _weight_file_names(folder: Path) -> list[str]:
+    if (folder / INDEX_NAME).is_file():
+        weight_map = load_json_object(folder / INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConfigError(
+                f"`{INDEX_NAME}` has no weight_map", details={"file": folder / INDEX_NAME, "expected": '{"weight_map": {tensor: file}}'},
+                hint="restore the index from its source",
+            )
+        names = sorted({str(name) for name in weight_map.values()})
+        unsafe = [name for name in names if Path(name).name != name or name in ("", ".", "..") or "\\" in name]
+        if unsafe:
+            raise CheckpointError(
+                f"`{INDEX_NAME}` points out of its folder",
+                details={"file": folder / INDEX_NAME, "got": ", ".join(unsafe), "expected": "plain file names"},
+                hint="do not export a checkpoint from a source you do not trust",
+            )
+        return names
+    if (folder / SINGLE_NAME).is_file():
+        return [SINGLE_NAME]
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            "this checkpoint holds pickle files only",
+            details={"folder": folder, "got": ", ".join(pickles[:4]), "expected": "*.safetensors"},
+            hint="a pickle can run code when it is opened: convert it once with transformers, save_pretrained(folder)",
+        )
+    raise CheckpointError(
+        "no weights in this folder", details={"folder": folder, "expected": f"{SINGLE_NAME} or {INDEX_NAME}"},
+        hint="give the folder that holds config.json and the *.safetensors files",
+    )
+
+
+def _match_tensors(folder: Path, config: LlamaConfig, found: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    expected = expected_tensors(config)
+    extra = {name for name in found if name not in expected and not _IGNORED_TENSOR.fullmatch(name)}
+    if config.tie_word_embeddings and "lm_head.weight" in extra:
+        _check_tied_copy(folder, found)
+        extra.discard("lm_head.weight")
+    missing = [name for name in expected if name not in found]
+    mis_shaped = [name for name in expected if name in found and found[name].shape != expected[name]]
+    if missing or extra or mis_shaped:
+        details: dict[str, object] = {"folder": folder}
+        if missing:
+            details["missing"] = _shorten(missing)
+        if extra:
+            details["unexpected"] = _shorten(sorted(extra))
+        if mis_shaped:
+            details["mis-shaped"] = _shorten(
+                [f"{name}: got {list(found[name].shape)}, expected {list(expected[name])}" for name in mis_shaped]
+            )
+        raise CheckpointError(
+            f"checkpoint does not match its config: {len(missing)} missing, {len(extra)} unexpected, {len(mis_shaped)} mis-shaped",
+            details=details,
+            hint=f"config.json says num_hidden_layers: {config.num_hidden_layers}, hidden_size: {config.hidden_size}, "
+            f"tie_word_embeddings: {str(config.tie_word_embeddings).lower()}",
+        )
+    return {name: found[name] for name in expected}
+
+
+def _check_tied_copy(folder: Path, found: Mapping[str, TensorEntry]) -> None:
+    """A stored ``lm_head.weight`` beside tied embeddings is accepted only as a byte-for-byte copy."""
+    head, embedding = found["lm_head.weight"], found.get("model.embed_tokens.weight")
+    same = embedding is not None and (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    if same and embedding is not None:
+        with (folder / head.file).open("rb") as left, (folder / embedding.file).open("rb") as right:
+            left.seek(head.offset)
+            right.seek(embedding.offset)
+            remaining = head.nbytes
+            while same and remaining:
+                size = min(remaining, 1 << 20)
+                same = left.read(size) == right.read(size)
+                remaining -= size
+    if not same:
+        raise CheckpointError(
+            "tie_word_embeddings is true, but `lm_head.weight` is stored and differs from `model.embed_tokens.weight`",
+            details={"folder": folder},
+            hint="if the head was trained on its own, set tie_word_embeddings to false in config.json; else delete the tensor",
+        )
+
+
+def _shorten(names: list[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def resolve_dtype(requested: str, checkpoint: Checkpoint) -> str:
+    """``auto`` -> the dtype the config states, else the stored one.
+
+    Raises:
+        ConfigError: not one of ``auto``, float32, float16, bfloat16.
+    """
+    if requested == "auto":
+        return checkpoint.config.dtype or checkpoint.stored_dtype
+    if requested not in DTYPES:
+        raise ConfigError(
+            f"unknown dtype: {requested}", details={"got": requested, "expected": "auto | " + " | ".join(DTYPES)}, hint="choose one of them"
+        )
+    return requested

@@ -1,0 +1,89 @@
+"""The errors a user can act on, and the exit code each one gives the command line.
+
+::
+
+    LlamaExportError                 exit 2   the user's input; printed without a traceback
+    |-- ConfigError                  exit 2   config.json or flags: unsupported, missing, contradictory
+    |-- CheckpointError              exit 2   safetensors files: missing, unexpected, mis-shaped, truncated
+    |-- ShapeError                   exit 2   a prompt, batch or length outside what was exported or built
+    |-- ExportError                  exit 2   the graph cannot be made or written
+    |-- ArtifactMismatchError        exit 2   a bundle, an engine or a library is not the one its manifest describes
+    |-- ToolchainError               exit 3   this machine: no GPU, disk full, a library of the wrong version
+    |   `-- MissingDependencyError   exit 3   an extra is not installed
+    `-- EngineBuildError             exit 3   the parser or builder refused; its messages are attached in full
+
+A failed parity check is a result, not an exception (exit 1). Any other exception is a bug in this package (exit 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class LlamaExportError(Exception):
+    """What went wrong, where, what was found and what was expected, and what to do about it.
+
+    Args:
+        message: one sentence, no final stop.
+        details: label -> value lines, printed below the sentence in order (file, tensor, got, expected, ...).
+        hint: the command, flag or edit that fixes it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, details: Mapping[str, object] | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = {key: str(value) for key, value in (details or {}).items()}
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [self.message]
+        width = max((len(key) for key in self.details), default=0) + 1
+        lines += [f"  {key + ':':<{width}} {value}" for key, value in self.details.items()]
+        if self.hint:
+            lines += ["", f"hint: {self.hint}"]
+        return "\n".join(lines)
+
+
+class ConfigError(LlamaExportError):
+    """``config.json`` or a flag asks for something unknown, missing, contradictory or not supported."""
+
+
+class CheckpointError(LlamaExportError):
+    """The checkpoint's tensor files do not hold what its config implies."""
+
+
+class ShapeError(LlamaExportError):
+    """A request (batch, prompt length, token id, capacity) lies outside what the artefact serves."""
+
+
+class ExportError(LlamaExportError):
+    """The graph could not be made, checked or written."""
+
+
+class ArtifactMismatchError(LlamaExportError):
+    """Files of a bundle do not belong together: a hash, a size or a version differs from the manifest."""
+
+
+class ToolchainError(LlamaExportError):
+    """This machine cannot do it: no GPU, no space, a driver or library that is absent or of the wrong version."""
+
+    exit_code = 3
+
+
+class MissingDependencyError(ToolchainError):
+    """A Python package of an optional extra is not installed."""
+
+    def __init__(self, module: str, extra: str) -> None:
+        super().__init__(
+            f"the Python package `{module}` is not installed",
+            details={"needed for": f"the `{extra}` extra"},
+            hint=f"pip install 'llama-export[{extra}]'",
+        )
+
+
+class EngineBuildError(LlamaExportError):
+    """The ONNX parser or the builder refused the network."""
+
+    exit_code = 3

@@ -1,0 +1,430 @@
+"""Checkpoint -> traced program -> ONNX graph -> bundle. Costs the graph, never the weights.
+
+The stages, in the order of the functions: the reference model is built on torch's ``meta`` device (no storage), traced
+by ``torch.export`` with static KV-cache inputs, converted to ONNX with one node per custom op, its initializers
+replaced by references into the checkpoint's own safetensors files, the function bodies added, the result checked, and
+the bundle written under a temporary name and renamed.
+
+Graph inputs and outputs (B batch, S new tokens, N wanted positions, C cache capacity, G key/value heads, D head_dim,
+V vocabulary); symbols in the file: ``batch_size``, ``num_new_tokens``, ``num_logits``, ``kv_cache_capacity``:
+
+===============================  ===========  ============  ==========================================================
+``input_ids``                    int64        [B, S]        right-padded
+``past_length``                  int64        [B]           valid tokens in the cache; ``past_length + S <= C``
+``sequence_length``              int64        [B]           valid new tokens per row, 1..S
+``logits_index``                 int64        [B, N]        which of the S positions get logits
+``past_key_values.{i}.key``      model dtype  [B, G, C, D]  and ``.value``
+``logits``                       float32      [B, N, V]
+``present.{i}.key``              model dtype  [B, G, C, D]  and ``.value``; aliases the past tensor when bound to it
+===============================  ===========  ============  ==========================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_export.bundle import (
+    MANIFEST_NAME,
+    MODEL_NAME,
+    ONNXRUNTIME_NAME,
+    Progress,
+    json_bytes,
+    manifest_from_export,
+    place_files,
+    plan_destination,
+    sha256_of_file,
+    staged_bundle,
+)
+from llama_export.checkpoint import Checkpoint, TensorEntry, load_checkpoint, resolve_dtype
+from llama_export.config import TASK, ExportConfig, LlamaConfig
+from llama_export.errors import ExportError, MissingDependencyError
+from llama_export.kv_cache import CAPACITY, GRANULARITY, LAYOUT, cache_names
+
+try:
+    import onnx
+    import onnx_ir as ir
+    import torch
+
+    from llama_export import ops
+    from llama_export.model import LlamaForCausalLM
+    from llama_export.model.rope import inverse_frequencies
+except ModuleNotFoundError as err:
+    raise MissingDependencyError(err.name or "torch", "export") from err
+
+IR_VERSION = 11
+"""Of the ONNX file: the first with opset 24; onnxruntime 1.32 and TensorRT-RTX 1.7 read it."""
+_DIMENSIONS = ("batch_size", "num_new_tokens", "num_logits", CAPACITY)
+_INPUTS = ("input_ids", "past_length", "sequence_length", "logits_index")
+_INV_FREQ = "model.rotary_emb.inv_freq"
+_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportResult:
+    """What one export did; the keys of ``export --json``."""
+
+    bundle: str
+    model: str
+    task: str
+    dtype: str
+    num_parameters: int
+    weight_bytes_referenced: int
+    """Bytes of the checkpoint that the graph points to."""
+    weight_bytes_written: int
+    """Bytes of weights that were really copied; 0 in place, with reflinks and with hard links."""
+    seconds: float
+    """Wall time of the export, imports excluded."""
+    peak_rss_bytes: int
+    """Peak resident memory of the whole process so far."""
+
+
+def export_checkpoint(
+    folder: Path,
+    output: Path | None = None,
+    config: ExportConfig | None = None,
+    *,
+    log: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda name, done, total: None,
+) -> ExportResult:
+    """Exports a Hugging Face checkpoint folder.
+
+    Args:
+        folder: holds ``config.json`` and ``*.safetensors``.
+        output: folder to make; None writes into ``folder``, which then is the bundle.
+        config: settings.
+        log: receives one line per stage.
+        progress: receives the copying of weights.
+
+    Raises:
+        LlamaExportError: see :mod:`llama_export.errors`; nothing is left behind.
+    """
+    config = config or ExportConfig()
+    start = time.perf_counter()
+    checkpoint = load_checkpoint(folder, config.allow_config_keys)
+    dtype = resolve_dtype(config.dtype, checkpoint)
+    destination = plan_destination(checkpoint, output, force=config.force, weights=config.weights)
+    log(f"export: {checkpoint.config.num_parameters:,} parameters, {dtype}, {checkpoint.config.num_hidden_layers} layers")
+
+    graph = graph_from_program(trace_program(checkpoint.config, dtype), checkpoint.config)
+    models = {
+        "standard": (MODEL_NAME, dtype, model_proto(graph, checkpoint, dtype, "standard")),
+        # onnxruntime's CPU provider has no bfloat16 kernels and computes float16 in float32: its file is float32.
+        "onnxruntime": (ONNXRUNTIME_NAME, "float32", model_proto(graph, checkpoint, "float32", "onnxruntime")),
+    }
+    with staged_bundle(destination) as staging:
+        for name, _, proto in models.values():
+            check_model(proto)
+            (staging / name).write_bytes(proto.SerializeToString())
+        if destination.in_place:
+            files, written = list(checkpoint.files), 0
+        else:
+            files, written = place_files(checkpoint, staging, config.weights, progress)
+        weights_at = checkpoint.folder if destination.in_place else staging
+        standard = models["standard"][2]
+        manifest = manifest_from_export(
+            checkpoint,
+            dtype=dtype,
+            task=TASK,
+            io=io_table(standard),
+            ops={op: ops.OP_SPECS[op].version for op in sorted(custom_op_counts(standard))},
+            functions={
+                target: {"file": name, "sha256": sha256_of_file(staging / name), "dtype": target_dtype}
+                for target, (name, target_dtype, _) in models.items()
+            },
+            kv_cache={"layout": LAYOUT, "dtype": dtype, "granularity": GRANULARITY},
+            generator={"torch": torch.__version__, "onnx": onnx.__version__, "opset": str(ops.OPSET_VERSION)},
+            weights=files,
+            weight_hashes={file.name: sha256_of_file(weights_at / file.name) for file in files} if config.hash_weights else {},
+        )
+        (staging / MANIFEST_NAME).write_bytes(json_bytes(manifest))
+    seconds = time.perf_counter() - start
+    log(f"export: done in {seconds:.1f} s, {written:,} weight bytes written, {checkpoint.weight_bytes:,} referenced")
+    return ExportResult(
+        bundle=str(destination.folder),
+        model=str(destination.folder / MODEL_NAME),
+        task=TASK,
+        dtype=dtype,
+        num_parameters=checkpoint.config.num_parameters,
+        weight_bytes_referenced=checkpoint.weight_bytes,
+        weight_bytes_written=written,
+        seconds=round(seconds, 3),
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def trace_program(config: LlamaConfig, dtype: str) -> torch.export.ExportedProgram:
+    """Traces the reference with static KV-cache inputs; batch, new tokens, wanted positions and capacity are symbols.
+
+    Built on the meta device: no tensor of the model has storage.
+    """
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+        model.model.rotary_emb.float()  # frequencies stay float32 in 16-bit models
+        # Sizes differ from each other and from 1, so that no two dimensions are taken for the same or for a constant.
+        batch, new_tokens, wanted, capacity = 2, 7, 3, 16
+        lengths = torch.zeros(batch, dtype=torch.int64)
+        arguments = (
+            torch.zeros(batch, new_tokens, dtype=torch.int64),
+            lengths,
+            lengths.clone(),
+            torch.zeros(batch, wanted, dtype=torch.int64),
+            model.empty_cache(batch, capacity),
+        )
+    B, S, N, C = (torch.export.Dim(name, min=1) for name in _DIMENSIONS)
+    cache = [({0: B, 2: C}, {0: B, 2: C}) for _ in range(config.num_hidden_layers)]
+    return torch.export.export(
+        model, arguments, dynamic_shapes=({0: B, 1: S}, {0: B}, {0: B}, {0: B, 1: N}, cache), strict=False
+    )
+
+
+def graph_from_program(program: torch.export.ExportedProgram, config: LlamaConfig) -> ir.Model:
+    """The ONNX graph of a traced program: one node per custom op, nodes named after their module, no weights yet.
+
+    Raises:
+        ExportError: the counts of custom nodes or the weights are not what the config implies.
+    """
+    ops.register_onnx_schemas()
+    names = list(cache_names(config.num_hidden_layers))
+    with _quiet_exporter():
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=ops.OPSET_VERSION,
+            optimize=False,
+            verbose=False,
+            custom_translation_table=ops.translation_table(),
+            input_names=[*_INPUTS, *(past for past, _ in names)],
+            output_names=["logits", *(present for _, present in names)],
+        )
+    if converted is None:
+        raise ExportError("torch.onnx.export returned nothing")
+    model: ir.Model = converted.model
+    _name_nodes(model.graph)
+    _name_dimensions(model.graph)
+    _share_tied_embedding(model.graph, config)
+    frequencies = model.graph.initializers[_INV_FREQ]
+    frequencies.const_value = ir.Tensor(inverse_frequencies(config.rope, config.head_dim).numpy(), name=_INV_FREQ)
+    model.opset_imports[ops.DOMAIN] = 1
+    model.ir_version = IR_VERSION
+    model.metadata_props.clear()
+    model.producer_name, model.producer_version, model.doc_string = "llama_export", None, None
+    _check_counts(model.graph, config)
+    return model
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """``model.layers.1.self_attn/LlamaAttention`` instead of ``node_attention_1__2``; drops the local file paths."""
+    taken: Counter[str] = Counter()
+    for node in graph:
+        # The exporter's scope list ends with the traced operator's own name.
+        scopes = str(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        modules = [scope for scope in _parse_scopes(scopes)[:-1] if scope and not scope.startswith("_empty_nn_module")]
+        base = f"{modules[-1] if modules else 'model'}/{node.op_type}"
+        node.name = f"{base}.{taken[base]}" if taken[base] else base
+        taken[base] += 1
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in _values(graph):
+        value.metadata_props.clear()
+        value.doc_string = None
+    graph.metadata_props.clear()
+    graph.name, graph.doc_string = "llama", None
+
+
+def _parse_scopes(text: str) -> list[str]:
+    import ast
+
+    return [str(scope) for scope in ast.literal_eval(text)]
+
+
+def _name_dimensions(graph: ir.Graph) -> None:
+    """Replaces the tracer's symbols (``s17``) by the names of the contract, everywhere in the graph."""
+    inputs = {value.name: value.shape for value in graph.inputs}
+    ids, index = inputs["input_ids"], inputs["logits_index"]
+    cache = next(shape for name, shape in inputs.items() if name.startswith("past_key_values."))
+    symbols = zip((ids[0], ids[1], index[1], cache[2]), _DIMENSIONS, strict=True)
+    renamed = {str(symbol.value): name for symbol, name in symbols}
+    for value in _values(graph):
+        if value.shape is None:
+            continue
+        for axis, dim in enumerate(value.shape):
+            if isinstance(dim, ir.SymbolicDim) and str(dim.value) in renamed:
+                value.shape[axis] = ir.SymbolicDim(renamed[str(dim.value)])
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+
+
+def _share_tied_embedding(graph: ir.Graph, config: LlamaConfig) -> None:
+    """A tied output projection appears under one of its two names; the checkpoint holds the embedding's."""
+    if config.tie_word_embeddings and _LM_HEAD in graph.initializers:
+        value = graph.initializers.pop(_LM_HEAD)
+        value.name = _EMBEDDING
+        graph.register_initializer(value)
+
+
+def expected_op_counts(config: LlamaConfig) -> dict[str, int]:
+    """Custom nodes the graph must hold: the first norm has no residual before it, all others do."""
+    layers = config.num_hidden_layers
+    return {"LlamaRMSNorm": 1, "LlamaAddRMSNorm": 2 * layers, "LlamaAttention": layers}
+
+
+def custom_op_counts(proto: onnx.ModelProto) -> dict[str, int]:
+    """op_type -> number of nodes of our domain."""
+    return dict(Counter(node.op_type for node in proto.graph.node if node.domain == ops.DOMAIN))
+
+
+def _check_counts(graph: ir.Graph, config: LlamaConfig) -> None:
+    got = dict(Counter(node.op_type for node in graph if node.domain == ops.DOMAIN))
+    if got != expected_op_counts(config):
+        raise ExportError(
+            "the traced graph does not hold the ops the config implies",
+            details={"got": got, "expected": expected_op_counts(config)},
+            hint="this is a bug or an untested torch version: see `llama-export env`",
+        )
+
+
+def model_proto(graph: ir.Model, checkpoint: Checkpoint, dtype: str, target: ops.Target) -> onnx.ModelProto:
+    """A complete model of one dtype and target: weights by reference, function bodies added.
+
+    Args:
+        graph: from :func:`graph_from_program`; not modified.
+        checkpoint: whose files the initializers point into.
+        dtype: compute dtype; a weight stored otherwise gets a ``Cast`` after it.
+        target: which function bodies.
+    """
+    model = graph.clone()
+    _retype(model.graph, getattr(ir.DataType, _ONNX_DTYPE[dtype]))
+    _reference_weights(model.graph, checkpoint, getattr(ir.DataType, _ONNX_DTYPE[dtype]))
+    proto = ir.to_proto(model)
+    del proto.functions[:]
+    proto.functions.extend(ops.function_protos(target))
+    return proto
+
+
+_ONNX_DTYPE = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
+_SIXTEEN_BIT = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def _retype(graph: ir.Graph, dtype: ir.DataType) -> None:
+    """Gives every 16-bit value and cast of the graph another float type; float32 values keep theirs."""
+    for value in _values(graph):
+        if value.dtype in _SIXTEEN_BIT:
+            value.dtype = dtype
+    for node in graph:
+        target = node.attributes.get("to")
+        if node.op_type == "Cast" and target is not None and ir.DataType(target.as_int()) in _SIXTEEN_BIT:
+            node.attributes["to"] = ir.AttrInt64("to", dtype.value)
+
+
+def _reference_weights(graph: ir.Graph, checkpoint: Checkpoint, dtype: ir.DataType) -> None:
+    """Points every weight initializer into its safetensors file.
+
+    Raises:
+        ExportError: the graph's weights are not exactly the checkpoint's.
+    """
+    weights = {name for name in graph.initializers if name != _INV_FREQ}
+    if weights != set(checkpoint.tensors):
+        raise ExportError(
+            "the traced graph does not use the checkpoint's tensors one to one",
+            details={
+                "not in the checkpoint": sorted(weights - set(checkpoint.tensors)),
+                "not in the graph": sorted(set(checkpoint.tensors) - weights),
+            },
+        )
+    casts = []
+    for name, entry in checkpoint.tensors.items():
+        value = graph.initializers[name]
+        stored = getattr(ir.DataType, _ONNX_DTYPE[entry.dtype])
+        if stored == dtype:
+            value.const_value = _external(entry, stored)
+            continue
+        source = ir.Value(
+            name=name, type=ir.TensorType(stored), shape=ir.Shape(entry.shape), const_value=_external(entry, stored)
+        )
+        cast = ir.node("Cast", [source], attributes={"to": dtype.value}, name=f"{name}/Cast")
+        cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = f"{name}/cast", value.type, value.shape
+        del graph.initializers[name]
+        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+        graph.register_initializer(source)
+        casts.append(cast)
+    if casts:
+        graph.insert_before(graph[0], casts)
+
+
+def _external(entry: TensorEntry, dtype: ir.DataType) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        entry.file, entry.offset, entry.nbytes, dtype, shape=ir.Shape(entry.shape), name=entry.name, base_dir=""
+    )
+
+
+def check_model(proto: onnx.ModelProto) -> None:
+    """``onnx.checker`` with full shape inference, on a copy whose weights are inputs: no weight file is opened.
+
+    Raises:
+        ExportError: the checker refused the graph.
+    """
+    ops.register_onnx_schemas()
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    external = [item for item in copy.graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL]
+    for item in external:
+        copy.graph.input.append(onnx.helper.make_tensor_value_info(item.name, item.data_type, list(item.dims)))
+        copy.graph.initializer.remove(item)
+    try:
+        onnx.checker.check_model(copy, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
+        raise ExportError("onnx.checker refused the exported graph", details={"reason": err}) from err
+
+
+def io_table(proto: onnx.ModelProto) -> list[Mapping[str, Any]]:
+    """Inputs, then outputs: name, dtype, shape (integers and symbols), and what an output may share memory with."""
+    aliases = {present: past for past, present in cache_names(len(proto.graph.output) // 2)}
+    table = []
+    for kind, values in (("input", proto.graph.input), ("output", proto.graph.output)):
+        for value in values:
+            tensor = value.type.tensor_type
+            table.append(
+                {
+                    "name": value.name,
+                    "kind": kind,
+                    "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
+                    "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
+                    "alias_of": aliases.get(value.name) if kind == "output" else None,
+                }
+            )
+    return table
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter logs one warning per missing optional package and warns about its own internals."""
+    logger = logging.getLogger("torch.onnx._internal.exporter")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

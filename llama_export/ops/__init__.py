@@ -1,0 +1,71 @@
+"""The fused ops of the exported graph, in domain ``llama_export``: one table, :data:`OP_SPECS`.
+
+Importing this package defines ``torch.ops.llama_export.*``. The reference model calls the functions below; the
+exporter turns each call into one ONNX node, whose meaning is the ONNX function stored in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llama_export.ops.attention import ATTENTION
+from llama_export.ops.rms_norm import ADD_RMS_NORM, RMS_NORM
+from llama_export.ops.spec import DOMAIN, OPSET_VERSION, TARGETS, OpSpec, Target
+
+__all__ = [
+    "DOMAIN", "OPSET_VERSION", "OP_SPECS", "TARGETS", "OpSpec", "Target",
+    "add_rms_norm", "attention", "function_protos", "register_onnx_schemas", "rms_norm", "torch_overload",
+    "translation_table",
+]  # fmt: skip
+
+OP_SPECS: dict[str, OpSpec] = {spec.op_type: spec for spec in (RMS_NORM, ADD_RMS_NORM, ATTENTION)}
+
+
+def _define(spec: OpSpec) -> Callable[..., Any]:
+    op = torch.library.custom_op(f"{DOMAIN}::{spec.torch_name}", spec.eager, mutates_args=(), schema=spec.torch_schema)
+    op.register_fake(spec.fake)
+    return op
+
+
+rms_norm = _define(RMS_NORM)
+add_rms_norm = _define(ADD_RMS_NORM)
+attention = _define(ATTENTION)
+
+
+def torch_overload(spec: OpSpec) -> Any:
+    """``torch.ops.llama_export.<name>.default``"""
+    return getattr(getattr(torch.ops, DOMAIN), spec.torch_name).default
+
+
+def register_onnx_schemas() -> None:
+    """Makes the ops known to the ``onnx`` package of this process; safe to call again."""
+    import onnx.defs
+
+    for spec in OP_SPECS.values():
+        if not onnx.defs.has(spec.op_type, DOMAIN):
+            onnx.defs.register_schema(spec.onnx_schema())
+
+
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """torch overload -> function that emits the ONNX node, for ``torch.onnx.export``."""
+    import onnxscript
+
+    opset = onnxscript.values.Opset(DOMAIN, 1)
+
+    def translate(spec: OpSpec) -> Callable[..., Any]:
+        def emit(*arguments: Any) -> Any:
+            tensors, values = arguments[: len(spec.inputs)], arguments[len(spec.inputs) :]
+            attributes = {item.name: value for item, value in zip(spec.attributes, values, strict=True)}
+            return getattr(opset, spec.op_type)(*tensors, **attributes)
+
+        return emit
+
+    return {torch_overload(spec): translate(spec) for spec in OP_SPECS.values()}
+
+
+def function_protos(target: Target) -> list[Any]:
+    """The ``onnx.FunctionProto`` of every op for one target."""
+    return [spec.function_proto(target) for spec in OP_SPECS.values()]
