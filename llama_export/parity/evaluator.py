@@ -1,0 +1,372 @@
+"""Runs an exported graph node by node in PyTorch: any float dtype, every tensor observable, weights memory-mapped.
+
+Role: the judge of the *graph*. It executes ``model.onnx`` as written, so a fault of the exporter shows; and it does so
+in float64, so the fault shows whatever its size. Custom ops run by their own eager maths, by the function bodies stored
+in the file, or by functions the caller supplies.
+
+Fails closed: an operator, an attribute or an input this module does not implement is an error that names the node.
+
+Numerics:
+    At ``dtype=None`` every value has the type the file declares. With a wider ``dtype`` all floats have that type. With
+    a 16-bit ``dtype`` the weights and the KV cache have it, and what the graph explicitly computes in float32 (RoPE's
+    angles, norms, softmax) stays float32. Operators that ONNX defines with a float32 interior (RMSNormalization,
+    Attention's softmax) accumulate in at least float32 and round once.
+
+Source: operator definitions at https://onnx.ai/onnx/operators/, opset 24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import torch
+from torch import Tensor
+
+from llama_export.checkpoint import TensorEntry
+from llama_export.errors import ExportError
+from llama_export.model.heads import read_tensor
+from llama_export.ops import DOMAIN, OP_SPECS
+from llama_export.ops.attention import rotate
+from llama_export.ops.rms_norm import rms_norm_eager
+
+CustomOps = Literal["eager", "bodies"] | Mapping[str, Callable[..., Any]]
+Observer = Callable[[str, Tensor], None]
+_FLOATS = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+    onnx.TensorProto.DOUBLE: torch.float64,
+}
+_OTHERS = {
+    onnx.TensorProto.INT64: torch.int64,
+    onnx.TensorProto.INT32: torch.int32,
+    onnx.TensorProto.BOOL: torch.bool,
+}
+_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+_KEEP_BYTES = 2 << 30
+"""Converted weights up to this many bytes stay in memory between runs; beyond it they are read again for each use."""
+
+
+class GraphEvaluator:
+    """One graph at one precision.
+
+    Args:
+        model_path: an ONNX file whose external data lies beside it.
+        dtype: float64, float32, float16 or bfloat16; None keeps the declared types.
+        custom_ops: how nodes of our domain are computed: ``eager``, ``bodies``, or op_type -> function of the node's
+            input tensors and attribute values, in the order of the op table.
+    """
+
+    def __init__(self, model_path: Path, *, dtype: torch.dtype | None = None, custom_ops: CustomOps = "eager") -> None:
+        model = onnx.load(str(model_path), load_external_data=False)
+        self._folder = model_path.parent
+        self._graph = model.graph
+        self._functions = {function.name: function for function in model.functions if function.domain == DOMAIN}
+        self._custom_ops = custom_ops
+        self._dtype = dtype
+        self._initializers = {item.name: item for item in self._graph.initializer}
+        self._last_use = {name: index for index, node in enumerate(self._graph.node) for name in node.input}
+        self._outputs = [value.name for value in self._graph.output]
+        self._kept: dict[str, Tensor] = {}
+        self._kept_bytes = 0
+        self._float_inputs = {
+            value.name: _FLOATS[value.type.tensor_type.elem_type]
+            for value in self._graph.input
+            if value.type.tensor_type.elem_type in _FLOATS
+        }
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """The dtype of the KV cache and the weights in this evaluation."""
+        return self._dtype or next(iter(self._float_inputs.values()))
+
+    def run(self, feeds: Mapping[str, Tensor], observe: Observer | None = None) -> dict[str, Tensor]:
+        """Evaluates the graph.
+
+        Args:
+            feeds: graph input -> tensor; floats are converted to the evaluation's dtype.
+            observe: called with (tensor name, value) for every node output, in order; inside function bodies the name
+                is ``node name/tensor name``.
+
+        Returns:
+            graph output -> tensor.
+
+        Raises:
+            ExportError: an input is missing, or a node uses something this evaluator does not implement.
+        """
+        missing = [value.name for value in self._graph.input if value.name not in feeds]
+        if missing:
+            raise ExportError("the evaluator lacks graph inputs", details={"missing": ", ".join(missing)})
+        values: dict[str, Tensor] = {
+            name: tensor.to(self.model_dtype) if name in self._float_inputs else tensor for name, tensor in feeds.items()
+        }
+        for index, node in enumerate(self._graph.node):
+            inputs = [self._lookup(name, values) for name in node.input]
+            self._store(node, self._evaluate(node, inputs, observe), values, observe, "")
+            for name in node.input:
+                if self._last_use.get(name) == index and name not in self._outputs:
+                    values.pop(name, None)
+        return {name: values[name] for name in self._outputs}
+
+    def _lookup(self, name: str, values: Mapping[str, Tensor]) -> Tensor | None:
+        if not name:
+            return None
+        if name in values:
+            return values[name]
+        if name not in self._initializers:
+            raise ExportError(f"the graph reads `{name}` before anything defines it")
+        return self._weight(name)
+
+    def _weight(self, name: str) -> Tensor:
+        if name in self._kept:
+            return self._kept[name]
+        tensor = self._read_initializer(self._initializers[name])
+        if self._kept_bytes + tensor.nbytes <= _KEEP_BYTES:
+            self._kept[name] = tensor
+            self._kept_bytes += tensor.nbytes
+        return tensor
+
+    def _read_initializer(self, item: onnx.TensorProto) -> Tensor:
+        if item.data_location != onnx.TensorProto.EXTERNAL:
+            tensor = torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
+            return tensor.to(self._float(tensor.dtype)) if tensor.is_floating_point() else tensor
+        place = {entry.key: entry.value for entry in item.external_data}
+        dtype = _FLOATS[item.data_type]
+        entry = TensorEntry(
+            item.name,
+            str(dtype).removeprefix("torch."),
+            tuple(item.dims),
+            place["location"],
+            int(place["offset"]),
+            int(place["length"]),
+        )
+        stored = read_tensor(self._folder, entry)
+        return stored if self._dtype is None else stored.to(self._dtype)
+
+    def _float(self, declared: torch.dtype) -> torch.dtype:
+        """The dtype in this evaluation of a float the graph declares as ``declared`` (weights and cache aside)."""
+        if self._dtype is None:
+            return declared
+        if self._dtype in _SIXTEEN_BIT:
+            return self._dtype if declared in _SIXTEEN_BIT else torch.float32
+        return self._dtype
+
+    def _store(
+        self, node: onnx.NodeProto, results: Iterable[Tensor], values: dict[str, Tensor], observe: Observer | None, prefix: str
+    ) -> None:
+        for name, result in zip(node.output, results, strict=True):
+            if name:
+                values[name] = result
+                if observe is not None:
+                    observe(prefix + name, result)
+
+    def _evaluate(self, node: onnx.NodeProto, inputs: list[Tensor | None], observe: Observer | None) -> tuple[Tensor, ...]:
+        attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+        try:
+            if node.domain == DOMAIN:
+                result = self._evaluate_custom(node, inputs, attributes, observe)
+            elif node.op_type in ("Cast", "CastLike"):
+                result = self._cast(node, inputs, **attributes)
+            elif node.domain == "" and node.op_type in _OPERATORS:
+                result = _OPERATORS[node.op_type](*inputs, **attributes)
+            else:
+                raise ExportError(
+                    f"the evaluator does not implement {node.domain or 'ai.onnx'}::{node.op_type}", details={"node": node.name}
+                )
+        except (TypeError, ValueError, RuntimeError, IndexError) as err:
+            raise ExportError(
+                f"the evaluator cannot compute {node.op_type}",
+                details={
+                    "node": node.name,
+                    "inputs": [None if item is None else f"{item.dtype} {list(item.shape)}" for item in inputs],
+                    "attributes": attributes,
+                    "reason": err,
+                },
+            ) from err
+        return result if isinstance(result, tuple) else (result,)
+
+    def _evaluate_custom(
+        self, node: onnx.NodeProto, inputs: list[Tensor | None], attributes: Mapping[str, Any], observe: Observer | None
+    ) -> Any:
+        if self._custom_ops == "bodies":
+            return self._evaluate_body(node, inputs, attributes, observe)
+        spec = OP_SPECS[node.op_type]
+        if set(attributes) != {item.name for item in spec.attributes}:
+            raise ValueError(f"attributes {sorted(attributes)}, expected {[item.name for item in spec.attributes]}")
+        compute = spec.eager if self._custom_ops == "eager" else self._custom_ops[node.op_type]
+        return compute(*inputs, *(attributes[item.name] for item in spec.attributes))
+
+    def _evaluate_body(
+        self, node: onnx.NodeProto, inputs: list[Tensor | None], attributes: Mapping[str, Any], observe: Observer | None
+    ) -> tuple[Tensor, ...]:
+        """Runs the function stored in the file, its attribute references replaced by the node's values."""
+        function = self._functions[node.op_type]
+        values = {name: item for name, item in zip(function.input, inputs, strict=True) if item is not None}
+        for inner in function.node:
+            bound = onnx.NodeProto()
+            bound.CopyFrom(inner)
+            del bound.attribute[:]
+            for item in inner.attribute:
+                value = attributes[item.ref_attr_name] if item.ref_attr_name else onnx.helper.get_attribute_value(item)
+                bound.attribute.append(onnx.helper.make_attribute(item.name, value))
+            bound.name = f"{node.name}/{inner.op_type}"
+            results = self._evaluate(bound, [values[name] if name else None for name in inner.input], observe)
+            self._store(bound, results, values, observe, f"{node.name}/")
+        return tuple(values[name] for name in function.output)
+
+    def _cast(self, node: onnx.NodeProto, inputs: list[Tensor | None], to: int | None = None) -> Tensor:
+        source = _present(inputs[0])
+        if to is None:
+            return source.to(_present(inputs[1]).dtype)
+        if node.input[0] in self._initializers and self._dtype is not None:
+            return source  # a weight is read at the evaluation's dtype already
+        if to in _FLOATS:
+            return source.to(self._float(_FLOATS[to]))
+        return source.to(_OTHERS[to])
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise ValueError("a required input is absent")
+    return tensor
+
+
+def _constant(**attributes: Any) -> Tensor:
+    """Constant: exactly one of value, value_int, value_ints, value_float, value_floats."""
+    (name, value), = attributes.items()
+    if name == "value":
+        return torch.from_numpy(onnx.numpy_helper.to_array(value).copy())
+    dtypes = {"value_int": torch.int64, "value_ints": torch.int64, "value_float": torch.float32, "value_floats": torch.float32}
+    return torch.tensor(value, dtype=dtypes[name])
+
+
+def _shape(data: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+    return torch.tensor(data.shape[start:end], dtype=torch.int64)
+
+
+def _unsqueeze(data: Tensor, axes: Tensor) -> Tensor:
+    rank = data.ndim + axes.numel()
+    for axis in sorted(int(axis) % rank for axis in axes):
+        data = data.unsqueeze(axis)
+    return data
+
+
+def _squeeze(data: Tensor, axes: Tensor | None = None) -> Tensor:
+    return data.squeeze() if axes is None else data.squeeze(tuple(int(axis) for axis in axes))
+
+
+def _reshape(data: Tensor, shape: Tensor, allowzero: int = 0) -> Tensor:
+    sizes = [int(size) for size in shape]
+    if not allowzero:
+        sizes = [data.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
+    return data.reshape(sizes)
+
+
+def _gather(data: Tensor, indices: Tensor, axis: int = 0) -> Tensor:
+    size = data.shape[axis]
+    if bool(((indices < -size) | (indices >= size)).any()):
+        raise IndexError(f"index outside [-{size}, {size - 1}]")
+    flat = torch.where(indices < 0, indices + size, indices).reshape(-1)
+    picked = data.index_select(axis, flat)
+    return picked.reshape(*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :])
+
+
+def _expand(data: Tensor, shape: Tensor) -> Tensor:
+    return data.expand(torch.broadcast_shapes(data.shape, tuple(int(size) for size in shape)))
+
+
+def _range(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
+    return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
+
+
+def _rms_normalization(data: Tensor, scale: Tensor, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1) -> Tensor:
+    if axis not in (-1, data.ndim - 1) or stash_type != 1:
+        raise ValueError(f"axis {axis}, stash_type {stash_type}: only the last axis and float32 are implemented")
+    return rms_norm_eager(data, scale, epsilon)
+
+
+def _rotary_embedding(data: Tensor, cos: Tensor, sin: Tensor, interleaved: int = 0) -> Tensor:
+    """[B, N, S, D] with cos, sin [B, S, D/2]"""
+    if data.ndim != 4 or interleaved:
+        raise ValueError("only half-split rotation of [B, N, S, D] is implemented")
+    return rotate(data, cos, sin)
+
+
+def _tensor_scatter(past: Tensor, update: Tensor, write_indices: Tensor, axis: int = -2, mode: bytes = b"linear") -> Tensor:
+    """Writes ``update`` [B, .., S, ..] into a copy of ``past`` from ``write_indices`` [B] on, along ``axis``."""
+    if mode != b"linear":
+        raise ValueError(f"mode {mode!r}")
+    axis = axis % past.ndim
+    new_tokens, capacity = update.shape[axis], past.shape[axis]
+    if int(write_indices.min()) < 0 or int(write_indices.max()) + new_tokens > capacity:
+        raise IndexError(f"{new_tokens} entries from {write_indices.tolist()} on do not fit {capacity}")
+    present = past.clone()
+    for row in range(past.shape[0]):
+        present[row].narrow(axis - 1, int(write_indices[row]), new_tokens).copy_(update[row])
+    return present
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    past_key: Tensor | None = None,
+    past_value: Tensor | None = None,
+    nonpad_kv_seqlen: Tensor | None = None,
+    is_causal: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """[B, H, S, D], [B, G, C, D] -> [B, H, S, D]; with ``nonpad_kv_seqlen`` [B] causality ends at the valid length."""
+    if past_key is not None or past_value is not None or query.ndim != 4:
+        raise ValueError("only 4-D inputs without past are implemented")
+    wide = torch.promote_types(query.dtype, torch.float32)
+    B, H, S, D = query.shape
+    G, C = key.shape[1:3]
+    allowed = torch.ones(B, 1, S, C, dtype=torch.bool)
+    keys, queries = torch.arange(C), torch.arange(S)
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError("only a Bool mask is implemented")
+        allowed = allowed & mask
+    valid = torch.full((B,), C) if nonpad_kv_seqlen is None else nonpad_kv_seqlen
+    allowed = allowed & (keys < valid[:, None])[:, None, None]
+    if is_causal:
+        offset = (valid - S) if nonpad_kv_seqlen is not None else torch.zeros(B, dtype=torch.int64)
+        allowed = allowed & (keys <= queries[:, None] + offset[:, None, None])[:, None]
+    factor = D**-0.5 if scale is None else scale
+    grouped = query.to(wide).reshape(B, G, H // G, S, D)
+    scores = grouped @ key.to(wide).unsqueeze(2).transpose(-1, -2) * factor
+    scores = scores.masked_fill(~allowed.unsqueeze(1), -torch.inf)
+    weights = torch.where(allowed.any(-1, keepdim=True).unsqueeze(1), scores.softmax(-1), 0.0)
+    return (weights @ value.to(wide).unsqueeze(2)).reshape(B, H, S, -1).to(query.dtype)
+
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "Add": torch.add,
+    "Attention": _attention,
+    "Concat": lambda *tensors, axis: torch.cat(tensors, dim=axis),
+    "Constant": _constant,
+    "Cos": torch.cos,
+    "Expand": _expand,
+    "Gather": _gather,
+    "GatherElements": lambda data, indices, axis=0: torch.gather(data, axis, indices),
+    "Identity": lambda data: data,
+    "LessOrEqual": torch.le,
+    "MatMul": torch.matmul,
+    "Mul": torch.mul,
+    "RMSNormalization": _rms_normalization,
+    "Range": _range,
+    "Reshape": _reshape,
+    "RotaryEmbedding": _rotary_embedding,
+    "Shape": _shape,
+    "Sigmoid": torch.sigmoid,
+    "Sin": torch.sin,
+    "Squeeze": _squeeze,
+    "TensorScatter": _tensor_scatter,
+    "Transpose": lambda data, perm: data.permute(*perm),
+    "Unsqueeze": _unsqueeze,
+}

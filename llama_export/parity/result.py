@@ -1,0 +1,110 @@
+"""What a validation found: stages, metrics, tolerances with reasons, and one verdict. Plain data, no torch.
+
+The JSON form (``report/parity.json``) is specified in ``docs/parity.md``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+StageVerdict = Literal["pass", "fail", "not-run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """The limit a stage is held to."""
+
+    value: float
+    """Largest allowed value of the stage's ``metric``."""
+    metric: str
+    """The key of ``metrics`` that is compared with ``value``."""
+    why: str
+    """Where the number comes from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstElement:
+    """The element with the largest error of a stage."""
+
+    tensor: str
+    layer: int | None
+    index: tuple[int, ...]
+    got: float
+    want: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One comparison. A stage that could not run is ``not-run`` with a reason, and never counts as passed."""
+
+    name: str
+    """``artefact/what``, e.g. ``onnxruntime/prefill``."""
+    verdict: StageVerdict
+    reason: str
+    """One sentence: what was compared, or why it failed or did not run."""
+    metrics: Mapping[str, float | int | str | Sequence[float]] = field(default_factory=dict)
+    tolerance: Tolerance | None = None
+    worst: WorstElement | None = None
+    seconds: float = 0.0
+    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Per-step values for the plots, e.g. the error of each decode step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityReport:
+    """Everything one validation found."""
+
+    stages: tuple[Stage, ...]
+    required: tuple[str, ...]
+    """Stages (or prefixes) that must have run."""
+    environment: Mapping[str, str]
+    hashes: Mapping[str, str]
+    model: Mapping[str, Any]
+    created_at: str
+    """UTC, ISO 8601."""
+    deviations: tuple[str, ...] = ()
+    """Deliberate differences from Hugging Face, in words."""
+    first_divergence: Mapping[str, Any] | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """Required names of which no stage ran."""
+        ran = [stage.name for stage in self.stages if stage.verdict != "not-run"]
+        return [name for name in self.required if not any(matches(stage, name) for stage in ran)]
+
+    @property
+    def verdict(self) -> Literal["pass", "fail"]:
+        """``pass`` when something ran, every stage that ran passed, and everything required ran."""
+        ran = [stage for stage in self.stages if stage.verdict != "not-run"]
+        return "pass" if ran and all(stage.verdict == "pass" for stage in ran) and not self.missing else "fail"
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of ``docs/parity.md``; non-finite numbers become strings, because JSON has none."""
+        data = dataclasses.asdict(self)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "verdict": self.verdict,
+            "missing": self.missing,
+            **_finite({key: data[key] for key in ("created_at", "model", "required", "stages", "first_divergence")}),
+            **{key: data[key] for key in ("deviations", "environment", "hashes")},
+        }
+
+
+def matches(stage_name: str, selector: str) -> bool:
+    """True for the stage's own name and for the part before its slash: ``onnxruntime`` selects ``onnxruntime/prefill``."""
+    return stage_name == selector or stage_name.startswith(selector.rstrip("/") + "/")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

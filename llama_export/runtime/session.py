@@ -1,0 +1,168 @@
+"""An onnxruntime session that owns a static KV cache and updates it in place.
+
+Shapes: B batch, S new tokens, N wanted positions, C kv_cache_capacity, G key/value heads, D head_dim, V vocabulary.
+
+Each cache tensor is one buffer, bound as ``past_key_values.*`` *and* as ``present.*``. onnxruntime's TensorScatter may
+share its output with its input, so a step writes S tokens into the buffer and copies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_export.bundle import Bundle
+from llama_export.errors import MissingDependencyError, ShapeError, ToolchainError
+from llama_export.kv_cache import cache_names, cache_shape
+
+Int64Array = NDArray[np.int64]
+Float32Array = NDArray[np.float32]
+
+
+class OnnxRuntimeSession:
+    """Runs a bundle on the CPU, batch and capacity fixed when it is made.
+
+    Args:
+        bundle: from :func:`llama_export.bundle.load_bundle`.
+        max_seq_len: C, tokens each row can hold.
+        batch_size: B, rows.
+        threads: of onnxruntime's operators; None lets onnxruntime choose (one per core).
+
+    Raises:
+        MissingDependencyError: no onnxruntime.
+        ShapeError: a capacity or batch below 1, or a capacity beyond ``max_position_embeddings``.
+        ToolchainError: onnxruntime cannot open the graph; its message is attached.
+    """
+
+    backend = "onnxruntime-cpu"
+
+    def __init__(self, bundle: Bundle, *, max_seq_len: int, batch_size: int = 1, threads: int | None = None) -> None:
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as err:
+            raise MissingDependencyError("onnxruntime", "cpu") from err
+        limit = bundle.config.max_position_embeddings
+        if not 1 <= max_seq_len <= limit or batch_size < 1:
+            raise ShapeError(
+                f"a cache of {batch_size} rows of {max_seq_len} tokens is not possible",
+                details={"got": f"batch {batch_size}, {max_seq_len} tokens", "expected": f"batch >= 1, 1 to {limit} tokens (max_position_embeddings)"},
+                hint="choose another --max-seq-len",
+            )  # fmt: skip
+        self.config = bundle.config
+        self.batch_size = batch_size
+        self.capacity = max_seq_len
+        self.dtype = bundle.dtype
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(bundle.onnxruntime_path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as err:  # noqa: BLE001 - onnxruntime raises its own bare classes
+            raise ToolchainError(
+                "onnxruntime cannot open this bundle",
+                details={"file": bundle.onnxruntime_path, "onnxruntime": onnxruntime.__version__, "reason": err},
+                hint="see the supported versions in pyproject.toml, extra `cpu`",
+            ) from err
+        self._new_value = onnxruntime.OrtValue.ortvalue_from_numpy
+        self._binding = self._session.io_binding()
+        self.cache: dict[str, Any] = {}
+        """Graph input name -> the OrtValue [B, G, C, D] that is both past and present."""
+        shape = cache_shape(self.config, batch_size, max_seq_len)
+        for past, present in cache_names(self.config.num_hidden_layers):
+            value = self._new_value(np.zeros(shape, np.float32))
+            self._binding.bind_ortvalue_input(past, value)
+            self._binding.bind_ortvalue_output(present, value)
+            self.cache[past] = value
+        self.past_length: Int64Array = np.zeros(batch_size, np.int64)
+        """[B], valid tokens in each row of the cache."""
+
+    @property
+    def note(self) -> str | None:
+        """What a user must know about the precision of this session, if anything."""
+        if self.dtype == "float32":
+            return None
+        return f"this {self.dtype} bundle runs in float32 on a CPU: its weights are widened at load"
+
+    def reset(self) -> None:
+        """Forgets all tokens. Old entries stay in the buffers, finite and never seen."""
+        self.past_length[:] = 0
+
+    def step(
+        self,
+        input_ids: Sequence[Sequence[int]] | Int64Array,
+        *,
+        sequence_length: Sequence[int] | Int64Array | None = None,
+        logits_index: Sequence[Sequence[int]] | Int64Array | None = None,
+    ) -> Float32Array:
+        """Appends tokens to the cache: a prefill, a chunk of one, or a decode step.
+
+        Args:
+            input_ids: [B, S], right-padded.
+            sequence_length: [B], valid tokens per row, 1..S; default S.
+            logits_index: [B, N], positions 0..S-1 that get logits; default the last valid one (N = 1).
+
+        Returns:
+            logits [B, N, V], float32.
+
+        Raises:
+            ShapeError: another batch, a token id outside the vocabulary, or more tokens than the cache can hold.
+        """
+        ids: Int64Array = np.ascontiguousarray(input_ids, np.int64)
+        if ids.ndim != 2 or ids.shape[0] != self.batch_size or ids.shape[1] < 1:
+            raise ShapeError(
+                "input_ids has the wrong shape", details={"got": list(ids.shape), "expected": f"[{self.batch_size}, S >= 1]"}
+            )
+        check_token_ids(ids, self.config.vocab_size)
+        new_tokens = ids.shape[1]
+        valid = np.full(self.batch_size, new_tokens) if sequence_length is None else np.asarray(sequence_length)
+        lengths: Int64Array = np.ascontiguousarray(valid, np.int64)
+        if lengths.shape != (self.batch_size,) or lengths.min() < 1 or lengths.max() > new_tokens:
+            raise ShapeError(
+                "sequence_length is out of range", details={"got": lengths.tolist(), "expected": f"{self.batch_size} values in 1..{new_tokens}"}
+            )
+        if int(self.past_length.max()) + new_tokens > self.capacity:
+            raise ShapeError(
+                f"the cache holds {self.capacity} tokens, the request needs {int(self.past_length.max()) + new_tokens}",
+                details={"past_length": self.past_length.tolist(), "new tokens": new_tokens, "kv_cache_capacity": self.capacity},
+                hint="raise --max-seq-len, or shorten the prompt",
+            )
+        wanted = lengths[:, None] - 1 if logits_index is None else np.asarray(logits_index)
+        index: Int64Array = np.ascontiguousarray(wanted, np.int64)
+        if index.ndim != 2 or index.shape[0] != self.batch_size or index.min() < 0 or index.max() >= new_tokens:
+            raise ShapeError(
+                "logits_index is out of range", details={"got": index.tolist(), "expected": f"[{self.batch_size}, N] of 0..{new_tokens - 1}"}
+            )
+        feeds = {"input_ids": ids, "past_length": self.past_length, "sequence_length": lengths, "logits_index": index}
+        for name, array in feeds.items():
+            self._binding.bind_cpu_input(name, array)
+        self._binding.bind_output("logits", "cpu")
+        self._session.run_with_iobinding(self._binding)
+        self.past_length += lengths
+        logits: Float32Array = self._binding.get_outputs()[-1].numpy()
+        return logits
+
+    def cache_array(self, name: str) -> Float32Array:
+        """A view of one cache tensor [B, G, C, D]; ``name`` is e.g. ``past_key_values.0.key``."""
+        array: Float32Array = self.cache[name].numpy()
+        return array
+
+
+def check_token_ids(ids: Int64Array, vocab_size: int) -> None:
+    """Refuses what an embedding lookup would read out of bounds.
+
+    Raises:
+        ShapeError: a negative id, or one at or past the vocabulary's size.
+    """
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise ShapeError(
+            f"token id {int(outside[0])} is outside the vocabulary",
+            details={"got": int(outside[0]), "expected": f"0..{vocab_size - 1}"},
+            hint="is the prompt from another model's tokenizer?",
+        )
