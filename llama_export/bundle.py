@@ -194,7 +194,7 @@ def manifest_from_export(
         "io": list(io),
         "kv_cache": dict(kv_cache),
         "rope": model["rope"],
-        "eos_token_ids": list(checkpoint.config.eos_token_ids),
+        "eos_token_ids": stop_token_ids(checkpoint),
         "weights": [
             {
                 "file": file.name, "size": file.size, "mtime_ns": file.mtime_ns, "header_sha256": file.header_sha256,
@@ -206,6 +206,15 @@ def manifest_from_export(
         "functions": {target: dict(facts) for target, facts in functions.items()},
         "ops": dict(ops),
     }  # fmt: skip
+
+
+def stop_token_ids(checkpoint: Checkpoint) -> list[int]:
+    """What ends a generation: ``generation_config.json`` decides where it says so, else ``config.json``."""
+    path = checkpoint.folder / "generation_config.json"
+    stated = load_json_object(path).get("eos_token_id") if path.is_file() else None
+    if stated is None:
+        return list(checkpoint.config.eos_token_ids)
+    return list(stated) if isinstance(stated, list) else [stated]
 
 
 # ---- where an export goes ---------------------------------------------------------------------------------------

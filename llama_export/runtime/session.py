@@ -147,6 +147,11 @@ class OnnxRuntimeSession:
         logits: Float32Array = self._binding.get_outputs()[-1].numpy()
         return logits
 
+    def output_addresses(self) -> dict[str, int]:
+        """Graph input name of each cache tensor -> the address onnxruntime returned its present tensor at."""
+        outputs = self._binding.get_outputs()  # in the order they were bound: the cache, then the logits
+        return {name: int(output.data_ptr()) for name, output in zip(self.cache, outputs, strict=False)}
+
     def cache_array(self, name: str) -> Float32Array:
         """A view of one cache tensor [B, G, C, D]; ``name`` is e.g. ``past_key_values.0.key``."""
         array: Float32Array = self.cache[name].numpy()

@@ -1,0 +1,362 @@
+"""The command line: parse, call one library function, print. No logic of its own.
+
+stdout is data, stderr is log and progress. Every command takes ``--json``: one JSON document on stdout, also for an
+error. Heavy packages are imported by the command that needs them, so ``--help`` needs none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import statistics
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llama_export import __version__
+from llama_export.config import BACKENDS, DTYPES, EngineConfig, ExportConfig
+from llama_export.errors import ConfigError, LlamaExportError, ShapeError
+
+EXIT_CODES = """\b
+Exit codes:
+  0  done; for `validate`: every stage that ran passed
+  1  `validate`: a stage failed, or a required one did not run
+  2  your input: config, checkpoint, flags, a file that does not match
+  3  this machine: a missing package, driver, GPU or disk space
+  4  a bug in llama-export
+"""
+_CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
+_PATH = click.Path(path_type=Path)
+_json_flag = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+_ignore_hashes = click.option("--ignore-hashes", is_flag=True, help="Open the bundle although a file differs from the manifest.")
+
+
+@click.group(context_settings=_CONTEXT, epilog=EXIT_CODES)
+@click.version_option(__version__, "-V", "--version", prog_name="llama-export")
+def cli() -> None:
+    """Turn a Llama checkpoint into ONNX and TensorRT engines that are proven to compute what the checkpoint computes."""
+
+
+@cli.command()
+@click.argument("checkpoint", type=_PATH)
+@click.option("-o", "--output", type=_PATH, help="Folder to make.  [default: write into CHECKPOINT, which becomes the bundle]")
+@click.option("--task", type=click.Choice(["auto", "causal-lm"]), default="auto", help="Which head to export.")
+@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Compute dtype; auto: the checkpoint's own.")
+@click.option(
+    "--weights", type=click.Choice(["auto", "link", "copy"]), default="auto",
+    help="How weight files reach -o: reflink or copy (auto), hard links, copies.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--hash-weights", is_flag=True, help="Record a SHA-256 of every weight file (reads every byte).")
+@click.option("--allow-config-key", "allow_config_keys", multiple=True, metavar="KEY", help="Accept a config.json key that is not read.")
+@_json_flag
+def export(
+    checkpoint: Path, output: Path | None, task: str, dtype: str, weights: Any, force: bool, hash_weights: bool,
+    allow_config_keys: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    """Export CHECKPOINT (a Hugging Face folder) to ONNX, weights by reference."""
+    from llama_export.export import export_checkpoint
+
+    del task  # one head so far; `auto` and its name mean the same
+    config = ExportConfig(
+        dtype=dtype, weights=weights, force=force, hash_weights=hash_weights, allow_config_keys=allow_config_keys
+    )
+    with _progress("bytes") as progress:
+        result = export_checkpoint(checkpoint, output, config, log=_log, progress=progress)
+    _print(dataclasses.asdict(result), as_json, result.bundle)
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--backend", type=click.Choice(BACKENDS), default="tensorrt-rtx", help="Which TensorRT builds the engine.")
+@click.option("--ops", default="native", help="native: TensorRT's own layers from the ONNX function bodies.")
+@click.option("--max-seq-len", type=int, metavar="TOKENS", help="KV-cache capacity.  [default: min(max_position_embeddings, 4096)]")
+@click.option("--max-batch", type=int, default=4, metavar="ROWS", help="Largest batch.")
+@click.option("--tf32", is_flag=True, help="Let float32 matrix products round their inputs to TF32.")
+@click.option("--force", is_flag=True, help="Replace an engine of the same name.")
+@_ignore_hashes
+@_json_flag
+def build(
+    bundle: Path, backend: Any, ops: str, max_seq_len: int | None, max_batch: int, tf32: bool, force: bool,
+    ignore_hashes: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Build a TensorRT engine from BUNDLE. Needs no GPU."""
+    from llama_export.bundle import load_bundle
+    from llama_export.engine import build_engine
+
+    config = EngineConfig(backend=backend, ops=ops, max_seq_len=max_seq_len, max_batch=max_batch, tf32=tf32, force=force)
+    opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
+    with _progress("steps") as progress:
+        result = build_engine(opened, config, log=_log, progress=progress)
+    _print(dataclasses.asdict(result), as_json, result.engine)
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--prompt", help="Text to continue.")
+@click.option("--tokens", metavar="1,2,3", help="Token ids to continue, instead of --prompt.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, metavar="TOKENS", help="How many tokens to add at most.")
+@click.option("--max-seq-len", type=click.IntRange(1), metavar="TOKENS", help="KV-cache capacity.  [default: what the request needs]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per core]")
+@_ignore_hashes
+@_json_flag
+def run(
+    bundle: Path, prompt: str | None, tokens: str | None, max_new_tokens: int, max_seq_len: int | None, threads: int | None,
+    ignore_hashes: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Continue a prompt on onnxruntime (CPU), greedily. Text goes to stdout as it is generated."""
+    from llama_export.bundle import load_bundle
+    from llama_export.runtime import OnnxRuntimeSession, TextCodec, generate
+
+    if (prompt is None) == (tokens is None):
+        raise click.UsageError("give either --prompt TEXT or --tokens 1,2,3")
+    opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
+    codec = TextCodec(opened.folder) if prompt is not None or (opened.folder / "tokenizer.json").is_file() else None
+    ids = codec.encode(prompt) if prompt is not None and codec is not None else _token_list(tokens or "")
+    if max_seq_len is None:
+        max_seq_len = _capacity(len(ids), max_new_tokens, opened.config.max_position_embeddings)
+    session = OnnxRuntimeSession(opened, max_seq_len=max_seq_len, threads=threads)
+    if session.note:
+        _log(f"run: {session.note}")
+    stream = codec.stream() if codec is not None else None
+
+    def show(_: int, token: int) -> None:
+        if not as_json:
+            _write(stream.push(token) if stream is not None and prompt is not None else f"{token},")
+
+    result = generate(
+        session, [ids], max_new_tokens=max_new_tokens, stop_tokens=opened.manifest["eos_token_ids"], on_token=show
+    )
+    speed = result.decode_tokens_per_second
+    if as_json:
+        text = codec.decode(result.tokens[0]) if codec is not None else None
+        data = {
+            "tokens": result.tokens, "text": text, "prefill_seconds": round(result.prefill_seconds, 6),
+            "decode_tokens_per_second": None if speed is None else round(speed, 2), "backend": session.backend,
+        }  # fmt: skip
+        _print(data, True, "")
+    else:
+        _write((stream.finish() if stream is not None and prompt is not None else "") + "\n")
+    rate = "" if speed is None else f", decode {speed:.1f} tokens/s"
+    _log(f"run: {len(result.tokens[0])} tokens, prefill {result.prefill_seconds * 1000:.0f} ms{rate}, {session.backend}")
+
+
+def _capacity(prompt: int, new_tokens: int, limit: int) -> int:
+    """What the request needs, rounded up to 64 tokens where the model allows."""
+    needed = prompt + new_tokens - 1
+    if needed > limit:
+        raise ShapeError(
+            f"prompt and new tokens need {needed} positions, the model has {limit}",
+            details={"prompt": f"{prompt} tokens", "max_new_tokens": new_tokens, "max_position_embeddings": limit},
+            hint="shorten the prompt, or lower --max-new-tokens",
+        )
+    return max(1, min(-(-needed // 64) * 64, limit))
+
+
+def _token_list(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--tokens is not a list of integers: {text}", details={"got": text, "expected": "1,2,3"}) from None
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--stages", default="", metavar="NAME,...", help="Run only these stages; `onnxruntime` selects onnxruntime/*.  [default: all]")
+@click.option("--require", default="", metavar="NAME,...", help="Fail if one of these did not run.")
+@click.option("--steps", type=click.IntRange(1), default=32, metavar="TOKENS", help="Teacher-forced decode steps.")
+@click.option("--report", type=_PATH, metavar="DIR", help="Where the report goes.  [default: BUNDLE/report]")
+@_ignore_hashes
+@_json_flag
+def validate(
+    bundle: Path, stages: str, require: str, steps: int, report: Path | None, ignore_hashes: bool, as_json: bool
+) -> None:
+    """Prove, stage by stage, that BUNDLE computes what the checkpoint computes."""
+    from rich.console import Console
+
+    from llama_export.bundle import load_bundle
+    from llama_export.parity.report import print_summary, write_report
+    from llama_export.parity.stages import ValidateConfig, validate_bundle
+
+    config = ValidateConfig(stages=_names(stages), require=_names(require), steps=steps)
+    found = validate_bundle(load_bundle(bundle, ignore_hashes=ignore_hashes), config, log=_log)
+    files = write_report(found, report if report is not None else bundle / "report")
+    if as_json:
+        _print(found.to_json(), True, "")
+    else:
+        print_summary(found, Console())
+        click.echo(f"report: {files['parity.html']}")
+    if found.verdict != "pass":
+        raise _ParityFailed
+
+
+class _ParityFailed(Exception):
+    """A result, not an error: exit code 1."""
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, metavar="TOKENS", help="Length of the prefill.")
+@click.option("--new-tokens", type=click.IntRange(2), default=64, metavar="TOKENS", help="Decode steps per run, plus one.")
+@click.option("--runs", type=click.IntRange(1), default=5, help="Counted runs, after one warm-up.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per core]")
+@_ignore_hashes
+@_json_flag
+def bench(
+    bundle: Path, prompt_tokens: int, new_tokens: int, runs: int, threads: int | None, ignore_hashes: bool, as_json: bool
+) -> None:
+    """Time prefill and decode of BUNDLE on onnxruntime (CPU): medians over several runs."""
+    import numpy as np
+
+    from llama_export.bundle import load_bundle
+    from llama_export.runtime import OnnxRuntimeSession, generate
+
+    opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
+    capacity = _capacity(prompt_tokens, new_tokens, opened.config.max_position_embeddings)
+    session = OnnxRuntimeSession(opened, max_seq_len=capacity, threads=threads)
+    prompt = np.random.default_rng(0).integers(0, opened.config.vocab_size, prompt_tokens).tolist()
+    results = [generate(session, [prompt], max_new_tokens=new_tokens) for _ in range(runs + 1)][1:]
+    prefill = [result.prefill_seconds for result in results]
+    decode = [result.decode_tokens_per_second or 0.0 for result in results]
+    data = {
+        "backend": session.backend, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs,
+        "kv_cache_capacity": capacity, "prefill_seconds": _spread(prefill), "decode_tokens_per_second": _spread(decode),
+    }  # fmt: skip
+    lines = [
+        f"prefill of {prompt_tokens} tokens  median {statistics.median(prefill) * 1000:.1f} ms  ({min(prefill) * 1000:.1f} to {max(prefill) * 1000:.1f})",
+        f"decode                 median {statistics.median(decode):.1f} tokens/s  ({min(decode):.1f} to {max(decode):.1f})",
+        f"{session.backend}, cache of {capacity} tokens, {runs} runs",
+    ]
+    _print(data, as_json, "\n".join(lines))
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(values), 6), "min": round(min(values), 6), "max": round(max(values), 6)}
+
+
+@cli.command()
+@click.argument("path", type=_PATH)
+@_json_flag
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what a bundle, or an engine file, is made of."""
+    if path.suffix == ".engine":
+        from llama_export.engine import inspect_engine
+
+        data = inspect_engine(path)
+    else:
+        from llama_export.bundle import load_bundle
+
+        opened = load_bundle(path)
+        data = {**opened.manifest, "engines": [engine.name for engine in opened.engines]}
+    _print(data, as_json, "\n".join(_lines(data)))
+
+
+def _lines(data: Any, prefix: str = "") -> Iterator[str]:
+    """Nested data as ``a.b[0].c: value`` lines: grep finds the whole path."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from _lines(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(data, list) and any(isinstance(item, (dict, list)) for item in data):
+        for index, item in enumerate(data):
+            yield from _lines(item, f"{prefix}[{index}]")
+    else:
+        yield f"{prefix}: {json.dumps(data, ensure_ascii=False)}"
+
+
+@cli.command()
+@_json_flag
+def env(as_json: bool) -> None:
+    """Print versions of everything that decides the numbers, for bug reports."""
+    from llama_export.environment import environment
+
+    data = environment()
+    _print(data, as_json, "\n".join(f"{key}: {value}" for key, value in data.items()))
+
+
+# ---- output and exit codes --------------------------------------------------------------------------------------
+
+
+def _log(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _print(data: Any, as_json: bool, text: str) -> None:
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False) if as_json else text)
+
+
+@contextlib.contextmanager
+def _progress(unit: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr while it is a terminal; nothing otherwise."""
+    if not sys.stderr.isatty():
+        yield lambda name, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield update
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; see :data:`EXIT_CODES`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        # A terminated export must still remove its temporary folder: turn the signal into an exception.
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = cli.main(arguments, prog_name="llama-export", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except _ParityFailed:
+        return 1
+    except click.ClickException as err:
+        err.show()
+        return err.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader of stdout is gone (`| head`): nobody is left to tell.
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except LlamaExportError as err:
+        _report_error(err, arguments)
+        return err.exit_code
+    except Exception:  # noqa: BLE001 - the last resort that gives bugs their own exit code
+        traceback.print_exc()
+        click.echo("\nthis is a bug in llama-export: please report it with the output of `llama-export env`", err=True)
+        return 4
+
+
+def _report_error(err: LlamaExportError, arguments: Sequence[str]) -> None:
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {err}", err=True)
+    if "--json" in arguments:
+        data = {"error": {"message": err.message, "details": err.details, "hint": err.hint, "exit_code": err.exit_code}}
+        click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)
