@@ -1,0 +1,68 @@
+"""Fixtures shared by all tests: tiny random checkpoints and the bundles made from them. No network, no GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from random_llama import write_random_checkpoint
+
+from llama_export.bundle import Bundle, load_bundle
+from llama_export.config import ExportConfig
+from llama_export.export import export_checkpoint
+
+# Awkward on purpose: G < H, H * D != hidden, nothing a power of two but D, vocabulary odd.
+TINY: dict[str, Any] = {
+    "hidden_size": 72, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16,
+    "intermediate_size": 100, "vocab_size": 97, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
+    """``make_checkpoint(name="ckpt", dtype="float32", seed=0, **config)`` -> folder of a tiny random checkpoint."""
+
+    def make(name: str = "checkpoint", *, dtype: str = "float32", seed: int = 0, **config: Any) -> Path:
+        folder = tmp_path / name
+        write_random_checkpoint(folder, {**TINY, **config}, dtype=dtype, seed=seed)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 checkpoint that no test modifies."""
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    write_random_checkpoint(folder, TINY)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """dtype -> a bundle of the tiny checkpoint that no test modifies."""
+    folder = tmp_path_factory.mktemp("bundles")
+    for dtype in ("float32", "float16", "bfloat16"):
+        export_checkpoint(tiny_checkpoint, folder / dtype, ExportConfig(dtype=dtype))
+    return {dtype: load_bundle(folder / dtype) for dtype in ("float32", "float16", "bfloat16")}
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Sets keys of a JSON object in a file; a value of ``...`` deletes the key."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        if value is ...:
+            data.pop(key, None)
+        else:
+            data[key] = value
+    path.write_text(json.dumps(data), encoding="utf-8")
