@@ -191,7 +191,7 @@ def validate(
         _print(found.to_json(), True, "")
     else:
         print_summary(found, Console())
-        click.echo(f"report: {files['parity.html']}")
+        click.echo(f"report: {files['html']}")
     if found.verdict != "pass":
         raise _ParityFailed
 

@@ -202,8 +202,10 @@ class Validator:
         """Hugging Face's eager model from the bundle's own files."""
         try:
             from transformers import LlamaForCausalLM as HuggingFaceLlama
+            from transformers.utils import logging
         except ModuleNotFoundError as err:
             raise MissingDependencyError("transformers", "parity") from err
+        logging.disable_progress_bar()
         return HuggingFaceLlama.from_pretrained(
             self.bundle.folder, dtype=dtype, attn_implementation="eager", local_files_only=True
         ).eval()
@@ -529,8 +531,8 @@ STAGES: dict[str, Callable[[Validator], Stage | list[Stage]]] = {
     "reference/transformers": reference_transformers,
     "graph/float64-eager": _graph_stage("graph/float64-eager", _model, "eager", "their eager maths"),
     "graph/float64-bodies": _graph_stage("graph/float64-bodies", _model, "bodies", "the function bodies of model.onnx"),
-    "graph/float64-onnxruntime-bodies": _graph_stage(
-        "graph/float64-onnxruntime-bodies", _onnxruntime, "bodies", "the function bodies of model.onnxruntime.onnx"
+    "graph/float64-ort-bodies": _graph_stage(
+        "graph/float64-ort-bodies", _onnxruntime, "bodies", "the function bodies of model.onnxruntime.onnx"
     ),
     "onnxruntime/prefill": onnxruntime_prefill,
     "onnxruntime/chunked-prefill": onnxruntime_chunked,

@@ -1,0 +1,41 @@
+# make demo   from nothing to a parity report: exports the bundled checkpoint, builds engines, generates, validates
+# make test   the tests, CPU only
+# make check  ruff, mypy
+#
+# Needs Python 3.11+ with venv, and make. Everything is installed into .venv, in versions pinned by constraints.txt.
+# On Linux, `pip install torch` may take a CUDA build of several gigabytes; to get the CPU build, point pip at
+# PyTorch's CPU index (pip's own setting PIP_EXTRA_INDEX_URL).
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+BUNDLE := build/tiny-llama
+REPORT := build/report
+
+.PHONY: demo test check bench constraints clean
+.DELETE_ON_ERROR:
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,tensorrt-rtx,parity,dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py --checkpoint examples/tiny-llama --bundle $(BUNDLE) --report $(REPORT)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/decode_speed.py
+
+constraints: $(VENV)/.installed
+	$(BIN)/python -m pip freeze --exclude-editable
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache
