@@ -141,7 +141,11 @@ def read_safetensors_header(path: Path) -> tuple[WeightFile, list[TensorEntry]]:
             f"weight file `{path.name}` is missing", details={"looked in": path.parent}, hint="download the missing shard"
         ) from None
     except OSError as err:
-        raise CheckpointError(f"weight file `{path.name}` cannot be read", details={"file": path, "reason": err}) from err
+        raise CheckpointError(
+            f"weight file `{path.name}` cannot be read",
+            details={"file": path, "reason": err.strerror or err, "expected": "a readable safetensors file"},
+            hint="check its permissions, or download it again",
+        ) from err
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
@@ -153,7 +157,11 @@ def read_safetensors_header(path: Path) -> tuple[WeightFile, list[TensorEntry]]:
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset < end:
             raise _bad_file(path, f"`{entry.name}` overlapping its neighbour at byte {entry.offset}", "disjoint tensors", hint)
+        if entry.offset > end:
+            raise _bad_file(path, f"{entry.offset - end} unused bytes before `{entry.name}`", "tensors without holes", hint)
         end = entry.offset + entry.nbytes
+    if end != stat.st_size:
+        raise _bad_file(path, f"{stat.st_size} bytes", f"{end} bytes: nothing after the last tensor", hint)
     digest = hashlib.sha256(length_field + raw).hexdigest()
     return WeightFile(path.name, stat.st_size, stat.st_mtime_ns, digest), entries
 
@@ -196,7 +204,7 @@ def _check_folder(folder: Path) -> None:
             f"`{folder}` is not a folder", details={"expected": "a Hugging Face checkpoint folder"},
             hint="give the folder that holds config.json and the *.safetensors files",
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(folder)):
         raise CheckpointError(
             f"no folder `{folder}`", details={"expected": "a local checkpoint folder"},
             hint=f"a hub id is not downloaded for you: hf download {folder} --local-dir {folder.name}, then export {folder.name}",
@@ -205,6 +213,9 @@ def _check_folder(folder: Path) -> None:
 
 
 def _weight_file_names(folder: Path) -> list[str]:
+    # transformers takes the single file where both exist, and so must what is to equal it.
+    if (folder / SINGLE_NAME).is_file():
+        return [SINGLE_NAME]
     if (folder / INDEX_NAME).is_file():
         weight_map = load_json_object(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -213,16 +224,21 @@ def _weight_file_names(folder: Path) -> list[str]:
                 hint="restore the index from its source",
             )
         names = sorted({str(name) for name in weight_map.values()})
-        unsafe = [name for name in names if Path(name).name != name or name in ("", ".", "..") or "\\" in name]
+        unsafe = [name for name in names if Path(name).name != name or name in ("", ".", "..") or set(name) & {"\\", "\0"}]
         if unsafe:
             raise CheckpointError(
                 f"`{INDEX_NAME}` points out of its folder",
                 details={"file": folder / INDEX_NAME, "got": ", ".join(unsafe), "expected": "plain file names"},
                 hint="do not export a checkpoint from a source you do not trust",
             )
+        foreign = [name for name in names if not name.endswith(".safetensors")]
+        if foreign:
+            raise CheckpointError(
+                f"`{INDEX_NAME}` names files that are not safetensors",
+                details={"file": folder / INDEX_NAME, "got": ", ".join(foreign[:4]), "expected": "*.safetensors"},
+                hint="restore the index from its source",
+            )
         return names
-    if (folder / SINGLE_NAME).is_file():
-        return [SINGLE_NAME]
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise CheckpointError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ DType = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[str, ...] = get_args(DType)
 Backend = Literal["tensorrt-rtx", "tensorrt"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-WeightsMode = Literal["auto", "link", "copy", "embed"]
+WeightsMode = Literal["auto", "link", "copy"]
+WEIGHTS_MODES: tuple[str, ...] = get_args(WeightsMode)
 TASK = "causal-lm"
 
 SUPPORTED_ROPE_TYPES = ("default", "llama3")
@@ -165,6 +167,9 @@ class ExportConfig:
     allow_config_keys: tuple[str, ...] = ()
     """Unknown ``config.json`` keys the user vouches for."""
 
+    def __post_init__(self) -> None:
+        _check(self.weights in WEIGHTS_MODES, "weights", self.weights, " | ".join(WEIGHTS_MODES))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -218,7 +223,7 @@ def load_json_object(path: Path) -> dict[str, Any]:
             details={"looked in": path.parent},
             hint="a checkpoint is a Hugging Face folder: config.json, *.safetensors, tokenizer.json",
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
+    except (OSError, ValueError, RecursionError) as err:  # ValueError: not UTF-8, not JSON, an integer of 5000 digits
         raise ConfigError(
             f"`{path.name}` cannot be read as JSON", details={"file": path, "reason": err}, hint="restore the file from its source"
         ) from err
@@ -309,7 +314,13 @@ def _rope_from_dict(data: Mapping[str, Any], source: str) -> RopeConfig:
     """Both spellings: transformers 5 writes ``rope_parameters``, earlier ones ``rope_theta`` and ``rope_scaling``."""
     for key in ("rope_parameters", "rope_scaling"):
         _check(data.get(key) is None or isinstance(data[key], dict), key, data.get(key), "an object or null")
-    rope = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
+    new, old = data.get("rope_parameters") or {}, data.get("rope_scaling") or {}
+    if new and old and {**new, **old} != new:
+        raise ConfigError(
+            "`config.json` states its RoPE settings twice", details={"file": source, "rope_parameters": new, "rope_scaling": old},
+            hint="keep one of them",
+        )
+    rope = dict(new or old)
     old_type, new_type = rope.pop("type", None), rope.pop("rope_type", None)
     if old_type is not None and new_type is not None and old_type != new_type:
         raise ConfigError(
@@ -398,7 +409,8 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite number; an integer beyond the largest float is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check(ok: bool, name: str, got: object, expected: str) -> None:

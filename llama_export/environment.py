@@ -10,7 +10,7 @@ from llama_export import __version__
 
 _PACKAGES = (
     *("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers", "tokenizers", "numpy"),
-    *("polygraphy", "tensorrt-rtx-cu13-libs", "tensorrt"),
+    *("tensorrt-rtx-cu13-libs", "tensorrt"),
 )
 
 

@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import resource
-import sys
 import time
 import warnings
 from collections import Counter
@@ -33,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_export._process import peak_rss_bytes
 from llama_export.bundle import (
     MANIFEST_NAME,
     MODEL_NAME,
@@ -394,7 +393,7 @@ def check_model(proto: onnx.ModelProto) -> None:
 def io_table(proto: onnx.ModelProto) -> list[Mapping[str, Any]]:
     """Inputs, then outputs: name, dtype, shape (integers and symbols), and what an output may share memory with."""
     aliases = {present: past for past, present in cache_names(len(proto.graph.output) // 2)}
-    table = []
+    table: list[Mapping[str, Any]] = []
     for kind, values in (("input", proto.graph.input), ("output", proto.graph.output)):
         for value in values:
             tensor = value.type.tensor_type
@@ -422,9 +421,3 @@ def _quiet_exporter() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

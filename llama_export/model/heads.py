@@ -91,8 +91,8 @@ def read_tensor(folder: Path, entry: TensorEntry) -> Tensor:
     dtype = getattr(torch, entry.dtype)
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
-    storage = torch.UntypedStorage.from_file(str(folder / entry.file), shared=False, nbytes=entry.offset + entry.nbytes)
-    flat = torch.empty(0, dtype=torch.uint8).set_(storage)[entry.offset : entry.offset + entry.nbytes]
+    end = entry.offset + entry.nbytes
+    flat = torch.from_file(str(folder / entry.file), shared=False, size=end, dtype=torch.uint8)[entry.offset : end]
     # A safetensors header has any length, so a tensor may start at an address torch cannot view as its dtype.
     aligned = flat if entry.offset % dtype.itemsize == 0 else flat.clone()
     return aligned.view(dtype).reshape(entry.shape)

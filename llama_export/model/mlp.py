@@ -23,4 +23,5 @@ class LlamaMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, S, E] -> [B, S, E]"""
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        down: Tensor = self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return down

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor
@@ -275,7 +276,7 @@ def _gather(data: Tensor, indices: Tensor, axis: int = 0) -> Tensor:
 
 
 def _expand(data: Tensor, shape: Tensor) -> Tensor:
-    return data.expand(torch.broadcast_shapes(data.shape, tuple(int(size) for size in shape)))
+    return data.expand(np.broadcast_shapes(tuple(data.shape), tuple(int(size) for size in shape)))
 
 
 def _range(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from llama_export._tensorrt import execution_blocker
 from llama_export.bundle import Bundle, sha256_of_file
 from llama_export.checkpoint import Checkpoint, load_checkpoint
-from llama_export.engine import EngineSession, check_engine, execution_blocker
+from llama_export.engine import EngineSession, check_engine
 from llama_export.environment import environment
 from llama_export.errors import ConfigError, LlamaExportError, MissingDependencyError
 from llama_export.kv_cache import cache_names
@@ -109,7 +110,7 @@ def validate_bundle(bundle: Bundle, config: ValidateConfig | None = None, *, log
     return ParityReport(
         stages=tuple(stages),
         required=config.require,
-        environment=environment(),
+        environment={**environment(), "command": f"llama-export validate {bundle.folder} --steps {config.steps}"},
         hashes={"graph": bundle.manifest["graph_sha256"], **{path.name: sha256_of_file(path) for path in bundle.engines}},
         model={"task": bundle.manifest["task"], "dtype": bundle.dtype, **bundle.manifest["model"]},
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -283,7 +284,7 @@ def _graph_stage(name: str, path: Callable[[Bundle], Path], custom_ops: CustomOp
             logits = [
                 session.step(tokens[:, begin:end], sequence_length=valid, logits_index=index) for session in (got, want)
             ]
-            pairs.append((f"logits ({label})", *logits))
+            pairs.append((f"logits ({label})", logits[0], logits[1]))
         for past, _ in cache_names(v.llama.num_hidden_layers):
             pairs.append((past, got.cache_array(past), want.cache_array(past)))
         return _judge(

@@ -74,7 +74,7 @@ def generate(
     running = set(range(len(prompts)))
 
     def take(logits: np.ndarray) -> np.ndarray:
-        chosen = logits[:, -1].argmax(-1)
+        chosen: np.ndarray = logits[:, -1].argmax(-1)
         for row in sorted(running):
             token = int(chosen[row])
             tokens[row].append(token)

@@ -1,0 +1,856 @@
+"""Bundle -> TensorRT engine, and everything that can be said about an engine without a GPU.
+
+Role: ``model.onnx`` goes in with a fixed cache capacity, ``engines/NAME.engine`` and its sidecar ``NAME.json`` come
+out. The graph's function bodies become TensorRT's own layers (``ops = native``). Needs neither torch nor our op table:
+the ops are in the file. The graph's inputs and outputs are those of :mod:`llama_export.export`, with C a number.
+
+What is proven here, on any machine:
+
+* the *network* before the build: inputs and outputs, layer counts, every cache output is the in-place update of its own
+  input at ``past_length``, every attention reads those caches and has an explicit mask;
+* the *plan* after the build (TensorRT-RTX 1.7, whose serialised graphs are readable text): the names of all inputs and
+  outputs in both profiles, shape and dtype of every cache, that it is updated in place, TF32, the GPUs it runs on;
+* the *file* later: its hash, the hash of the graph it was built from, and all of the above again.
+
+What is not: the numbers. :class:`EngineSession` runs an engine and has itself not been run on a GPU.
+
+Shapes: B batch, S new tokens, N wanted positions, C kv_cache_capacity, G key/value heads, D head_dim, V vocabulary.
+
+Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_export import __version__
+from llama_export._plan import is_readable, read_plan
+from llama_export._process import peak_rss_bytes
+from llama_export._tensorrt import (
+    execution_blocker,
+    gpu_compute_capability,
+    load_backend,
+    load_cuda_runtime,
+    load_onnx,
+    message_log,
+    progress_monitor,
+)
+from llama_export.bundle import (
+    ENGINES_NAME,
+    Bundle,
+    Progress,
+    json_bytes,
+    remove_stale_staging,
+    sha256_of_file,
+    write_atomically,
+    write_error,
+)
+from llama_export.config import EngineConfig, LlamaConfig, load_json_object
+from llama_export.errors import (
+    ArtifactMismatchError,
+    ConfigError,
+    EngineBuildError,
+    ShapeError,
+    ToolchainError,
+)
+from llama_export.kv_cache import CAPACITY, cache_names, cache_shape, present_name
+
+__all__ = [
+    "DECODE",
+    "MAX_LOGITS",
+    "PREFILL",
+    "EngineFacts",
+    "EngineResult",
+    "EngineSession",
+    "build_engine",
+    "check_engine",
+    "execution_blocker",
+    "inspect_engine",
+]
+
+SCHEMA_VERSION = 1
+"""Of the sidecar."""
+DEFAULT_CAPACITY = 4096
+"""Cache capacity in tokens when none is asked for and the model allows more."""
+MAX_LOGITS = 256
+"""Largest N of the prefill profile. TensorRT reserves [B, N, V] for the largest N, so all of C would cost gigabytes."""
+PREFILL, DECODE = "prefill", "decode"
+PROFILES = (PREFILL, DECODE)
+"""In the order of the engine's optimization profiles."""
+
+Profiles = dict[str, dict[str, list[list[int]]]]
+"""Profile -> input -> [min, opt, max] shape."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineResult:
+    """What one build did; the keys of ``build --json``."""
+
+    engine: str
+    """Path of the engine file."""
+    backend: str
+    ops: str
+    plugin_layers: Mapping[str, int]
+    """op -> layers of our plugins; empty for ``native``."""
+    bytes: int
+    """Size of the engine file."""
+    seconds: float
+    """Wall time of the build, imports excluded."""
+    peak_rss_bytes: int
+    """Peak resident memory of the whole process so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What :func:`check_engine` found to be true of an engine file."""
+
+    backend: str
+    backend_version: str
+    ops: str
+    dtype: str
+    bytes: int
+    kv_cache_capacity: int
+    """C, tokens."""
+    max_batch: int
+    """Largest B of both profiles."""
+    layers: Mapping[str, int]
+    """TensorRT layer type -> count in the network, before fusion."""
+    compute_capabilities: tuple[str, ...]
+    """GPUs it was compiled for, e.g. ``8.0``."""
+    forward_compatible: bool
+    """Later GPUs that the backend supports run it too."""
+    not_checked: tuple[str, ...]
+    """What could not be looked at, and why; empty when everything was."""
+
+    @property
+    def metrics(self) -> dict[str, float | int | str]:
+        """Flat numbers for a report."""
+        return {
+            "bytes": self.bytes,
+            "kv_cache_capacity": self.kv_cache_capacity,
+            "max_batch": self.max_batch,
+            "in_place_cache_updates": self.layers["KV_CACHE_UPDATE"],
+            "attention_layers": self.layers["ATTENTION_INPUT"],
+            "compute_capabilities": " ".join(self.compute_capabilities)
+            + (" and later ones it supports" if self.forward_compatible else ""),
+            "not_checked": "; ".join(self.not_checked),
+        }
+
+
+# ---- build ------------------------------------------------------------------------------------------------------
+
+
+def build_engine(
+    bundle: Bundle,
+    config: EngineConfig | None = None,
+    *,
+    log: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda name, done, total: None,
+) -> EngineResult:
+    """Builds one engine and writes it and its sidecar into the bundle's ``engines`` folder.
+
+    TensorRT-RTX builds ahead of time on any machine. Full TensorRT times its kernels on the GPU it builds for; that
+    path is the same code and has not been run.
+
+    Args:
+        bundle: from :func:`llama_export.bundle.load_bundle`.
+        config: settings.
+        log: receives a line at the start, one per stage, and one at the end.
+        progress: receives (phase of the builder, steps done, steps in all). If it raises, the build is cancelled.
+
+    Raises:
+        ConfigError: an engine of this name exists and ``config.force`` is off.
+        ShapeError: a capacity beyond ``max_position_embeddings``.
+        MissingDependencyError: the backend's extra is not installed.
+        ToolchainError: the backend is too old, has no GPU to build on, or the disk is full.
+        EngineBuildError: the parser or builder refused, or made something else than the config implies. Nothing is left
+            behind.
+    """
+    config = config or EngineConfig()
+    capacity = resolve_capacity(bundle.config, config.max_seq_len)
+    target = bundle.folder / ENGINES_NAME / engine_name(bundle.dtype, config, capacity)
+    existing = [path.name for path in (target, target.with_suffix(".json")) if path.exists()]
+    if existing and not config.force:
+        raise ConfigError(
+            f"engine `{target.name}` exists", details={"got": ", ".join(existing)}, hint="pass --force to replace it"
+        )
+    trt = load_backend(config.backend)
+    if config.backend == "tensorrt" and (blocker := execution_blocker(config.backend)) is not None:
+        raise ToolchainError(
+            "TensorRT builds on the GPU it builds for", details={"reason": blocker}, hint="--backend tensorrt-rtx"
+        )
+    onnx = load_onnx(config.backend)
+
+    start = time.perf_counter()
+    log(
+        f"build: {config.backend} {trt.__version__}, {config.ops} ops, {bundle.dtype}, "
+        f"capacity {capacity} tokens, batch 1..{config.max_batch}"
+    )
+    messages = message_log(trt)
+    builder = trt.Builder(messages)
+    proto = tensorrt_proto(onnx, bundle, capacity)
+    # The parser keeps weights by reference into memory that it owns, so it must live as long as the network.
+    network, parser = _parse(trt, builder, proto, bundle.model_path, messages)
+    layers = _check_network(trt, network, bundle, capacity)
+    log(f"build: parsed {network.num_layers} layers in {time.perf_counter() - start:.1f} s, network checked")
+    profiles = engine_profiles(bundle.config, capacity, config.max_batch)
+    plan = _serialize(trt, builder, network, config, profiles, messages, progress)
+    del parser
+    seconds = time.perf_counter() - start
+
+    sidecar: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "created_by": {"llama_export": __version__, "onnx": onnx.__version__},
+        "backend": config.backend,
+        "backend_version": trt.__version__,
+        "ops": config.ops,
+        "plugin_library": None,
+        "onnx_sha256": sha256_of_file(bundle.model_path),
+        "engine_sha256": hashlib.sha256(plan).hexdigest(),
+        "bytes": plan.nbytes,
+        "dtype": bundle.dtype,
+        "kv_cache_capacity": capacity,
+        "max_batch": config.max_batch,
+        "profiles": profiles,
+        "io": engine_io(bundle, capacity),
+        "layers": layers,
+        "settings": {
+            "tf32": config.tf32,
+            "strongly_typed": True,
+            "decomposable_attention": may_decompose(bundle.dtype),
+        },
+        "compute_capabilities": [],
+        "forward_compatible": False,
+        "build_seconds": round(seconds, 3),
+    }
+    if is_readable(sidecar):
+        facts, problems = read_plan(plan, sidecar)
+        if problems:
+            raise EngineBuildError(
+                "the builder made an engine that is not what the config implies",
+                details=_numbered("plan", problems),
+                hint="this is a bug or an untested TensorRT version: see `llama-export env`",
+            )
+        sidecar |= facts
+    else:
+        sidecar["compute_capabilities"] = [gpu_compute_capability()]
+    _write(target, plan, sidecar)
+    log(f"build: done in {seconds:.1f} s, {plan.nbytes:,} bytes, {ENGINES_NAME}/{target.name}")
+    return EngineResult(
+        engine=str(target),
+        backend=config.backend,
+        ops=config.ops,
+        plugin_layers={},
+        bytes=plan.nbytes,
+        seconds=round(seconds, 3),
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def resolve_capacity(config: LlamaConfig, max_seq_len: int | None) -> int:
+    """C of an engine: what was asked for, else the model's context up to :data:`DEFAULT_CAPACITY`.
+
+    Raises:
+        ShapeError: more than the model's positions.
+    """
+    limit = config.max_position_embeddings
+    if max_seq_len is not None and max_seq_len > limit:
+        raise ShapeError(
+            f"the checkpoint has no positions beyond {limit} tokens",
+            details={"got": f"max_seq_len = {max_seq_len}", "expected": f"at most max_position_embeddings = {limit}"},
+            hint=f"--max-seq-len {limit}",
+        )
+    return min(limit, DEFAULT_CAPACITY) if max_seq_len is None else max_seq_len
+
+
+def engine_name(dtype: str, config: EngineConfig, capacity: int) -> str:
+    """File name that tells engines of one bundle apart."""
+    tf32 = "-tf32" if config.tf32 else ""
+    return f"{dtype}-{config.ops}-c{capacity}-b{config.max_batch}{tf32}.{config.backend}.engine"
+
+
+def engine_io(bundle: Bundle, capacity: int) -> list[dict[str, Any]]:
+    """The manifest's inputs and outputs with C a number."""
+    return [
+        {**entry, "shape": [capacity if dim == CAPACITY else dim for dim in entry["shape"]]}
+        for entry in bundle.manifest["io"]
+    ]
+
+
+def engine_profiles(config: LlamaConfig, capacity: int, max_batch: int) -> Profiles:
+    """Shapes the engine serves: ``prefill`` any S and N (up to :data:`MAX_LOGITS`), ``decode`` S = N = 1."""
+
+    def shapes(tokens: Sequence[int], wanted: Sequence[int]) -> dict[str, list[list[int]]]:
+        # One row is the common case; the rest of the range stays open.
+        batches = (1, 1, max_batch)
+        cache = [list(cache_shape(config, batch, capacity)) for batch in batches]
+        return {
+            "input_ids": [[batch, count] for batch, count in zip(batches, tokens, strict=True)],
+            "past_length": [[batch] for batch in batches],
+            "sequence_length": [[batch] for batch in batches],
+            "logits_index": [[batch, count] for batch, count in zip(batches, wanted, strict=True)],
+            **{past: cache for past, _ in cache_names(config.num_hidden_layers)},
+        }
+
+    return {
+        PREFILL: shapes((1, min(capacity, 128), capacity), (1, 1, min(capacity, MAX_LOGITS))),
+        DECODE: shapes((1, 1, 1), (1, 1, 1)),
+    }
+
+
+def expected_layers(config: LlamaConfig) -> dict[str, int]:
+    """TensorRT layer type -> count that the network of native ops must have. No other count is fixed."""
+    layers = config.num_hidden_layers
+    return {
+        "KV_CACHE_UPDATE": 2 * layers,
+        "ROTARY_EMBEDDING": 2 * layers,
+        "ATTENTION_INPUT": layers,
+        "ATTENTION_OUTPUT": layers,
+        "MATRIX_MULTIPLY": 7 * layers + 1,
+        "PLUGIN_V3": 0,
+    }
+
+
+def may_decompose(dtype: str) -> bool:
+    """Whether attention may become MatMul, Softmax, MatMul where TensorRT has no fused kernel.
+
+    float32 has none, so there it must. In 16 bit it has one for every head_dim up to 256 (except for a single head with
+    max_batch 1), and that keeps scores in float32, which a decomposition need not: better a build that fails than one
+    that loses digits in silence.
+    """
+    return dtype == "float32"
+
+
+def tensorrt_proto(onnx: Any, bundle: Bundle, capacity: int) -> Any:
+    """``model.onnx`` as TensorRT wants it, in memory: C a number, decomposable attention where it is needed.
+
+    A symbolic C fails in the parser (KV_CACHE_UPDATE wants it static; a profile with min = max does not help).
+    """
+    proto = onnx.load(str(bundle.model_path), load_external_data=False)
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == CAPACITY:
+                dim.dim_value = capacity
+    if may_decompose(bundle.dtype):
+        for function in proto.functions:
+            for node in function.node:
+                if node.op_type == "Attention":
+                    # TensorRT's own attribute; onnx.checker refuses it, so it is never in the file.
+                    node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
+    return proto
+
+
+def _parse(trt: Any, builder: Any, proto: Any, model_path: Path, messages: Any) -> tuple[Any, Any]:
+    """(network, parser). The path, not a file at it, tells the parser where the weight files lie."""
+    # TensorRT 11 knows no other typing and may drop the flag.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, messages)
+    if not parser.parse(proto.SerializeToString(), str(model_path.resolve())):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        raise EngineBuildError(
+            "TensorRT's parser refused the graph",
+            details=_numbered("error", [_parser_error(error) for error in errors] or messages.lines()),
+            hint="this is a bug or an untested TensorRT version: see `llama-export env`",
+        )
+    return network, parser
+
+
+def _parser_error(error: Any) -> str:
+    stack = "/".join(error.local_function_stack() or ())
+    where = f"{stack}/{error.node_name()}" if stack else error.node_name()
+    return f"node {error.node()} `{where}` ({error.node_operator()}), {error.code()}: {error.desc()}"
+
+
+def _check_network(trt: Any, network: Any, bundle: Bundle, capacity: int) -> dict[str, int]:
+    """The parsed network against the config: the last place where every layer can still be seen.
+
+    Returns:
+        Layer type -> count.
+
+    Raises:
+        EngineBuildError: all differences.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    counts = Counter(layer.type.name for layer in layers)
+    expected = expected_layers(bundle.config)
+    problems = [
+        f"{counts[name]} layers {name}, expected {count}" for name, count in expected.items() if counts[name] != count
+    ]
+    problems += _io_problems(network, engine_io(bundle, capacity))
+    problems += _cache_problems(trt, layers, bundle)
+    if problems:
+        raise EngineBuildError(
+            "the parsed network is not what the config implies",
+            details=_numbered("network", problems),
+            hint="this is a bug or an untested TensorRT version: see `llama-export env`",
+        )
+    return dict(sorted(counts.items()))
+
+
+_TYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+
+
+def _io_problems(network: Any, expected: Sequence[Mapping[str, Any]]) -> list[str]:
+    tensors = [("input", network.get_input(index)) for index in range(network.num_inputs)]
+    tensors += [("output", network.get_output(index)) for index in range(network.num_outputs)]
+    got = [f"{kind} {t.name} {_TYPE_NAMES.get(t.dtype.name, t.dtype.name)} {list(t.shape)}" for kind, t in tensors]
+    want = []
+    for entry in expected:
+        shape = [dim if isinstance(dim, int) else -1 for dim in entry["shape"]]
+        want.append(f"{entry['kind']} {entry['name']} {entry['dtype']} {shape}")
+    return [f"unexpected {item}" for item in got if item not in want] + [
+        f"missing {item}" for item in want if item not in got
+    ]
+
+
+# What may lie between a cache and its reader, or between ``past_length`` and the cache: TensorRT's parser casts,
+# broadcasts, and multiplies query and key by the root of the scale.
+_PASS_THROUGH = ("CAST", "ELEMENTWISE", "SHUFFLE")
+
+
+def _cache_problems(trt: Any, layers: Sequence[Any], bundle: Bundle) -> list[str]:
+    """Every cache is updated in place from its own input at ``past_length``, and read by its own layer's attention."""
+    producers = {layer.get_output(slot).name: layer for layer in layers for slot in range(layer.num_outputs)}
+
+    def sources(tensor: Any) -> set[str]:
+        """The tensor and all it is computed from through pass-through layers."""
+        found: set[str] = set()
+        pending = [tensor]
+        while pending:
+            current = pending.pop()
+            if current is None or current.name in found:
+                continue
+            found.add(current.name)
+            producer = producers.get(current.name)
+            if producer is not None and producer.type.name in _PASS_THROUGH:
+                pending += [producer.get_input(slot) for slot in range(producer.num_inputs)]
+        return found
+
+    updates, attentions = {}, []
+    for layer in layers:
+        if layer.type.name == "KV_CACHE_UPDATE":
+            updates[layer.get_output(0).name] = layer
+        elif layer.type.name == "ATTENTION_INPUT":
+            attentions.append(layer)
+    problems = []
+    for past, present in cache_names(bundle.config.num_hidden_layers):
+        layer = updates.get(present)
+        if layer is None:
+            problems.append(f"`{present}` is not the output of a KV_CACHE_UPDATE layer")
+            continue
+        if layer.get_input(0).name != past:
+            problems.append(f"`{present}` updates `{layer.get_input(0).name}`, expected `{past}`")
+        if "past_length" not in sources(layer.get_input(2)):
+            problems.append(f"`{present}` is not written at `past_length`")
+    for index, layer in enumerate(attentions):
+        if not {present_name(index, "key")} <= sources(layer.get_input(1)):
+            problems.append(f"attention {index} does not read `{present_name(index, 'key')}`")
+        if not {present_name(index, "value")} <= sources(layer.get_input(2)):
+            problems.append(f"attention {index} does not read `{present_name(index, 'value')}`")
+        layer.__class__ = trt.IAttentionInputLayer  # the bindings return the base class
+        # The parser drops `nonpad_kv_seqlen` and aligns `is_causal` to the wrong corner: only a mask says the truth.
+        if layer.attention.mask is None:
+            problems.append(f"attention {index} has no mask")
+        if layer.attention.decomposable != may_decompose(bundle.dtype):
+            problems.append(f"attention {index}: decomposable is {layer.attention.decomposable}")
+    return problems
+
+
+def _serialize(
+    trt: Any, builder: Any, network: Any, config: EngineConfig, profiles: Profiles, messages: Any, progress: Progress
+) -> Any:
+    """The plan, in memory that TensorRT owns."""
+    settings = builder.create_builder_config()
+    for shapes in profiles.values():
+        profile = builder.create_optimization_profile()
+        for name, (smallest, usual, largest) in shapes.items():
+            profile.set_shape(name, smallest, usual, largest)
+        if settings.add_optimization_profile(profile) < 0:
+            raise EngineBuildError(
+                "TensorRT refused an optimization profile", details=_numbered("message", messages.lines())
+            )
+    # On by default: without this a float32 engine multiplies 10-bit mantissas.
+    if config.tf32:
+        settings.set_flag(trt.BuilderFlag.TF32)
+    else:
+        settings.clear_flag(trt.BuilderFlag.TF32)
+    monitor = progress_monitor(trt, progress)
+    settings.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, settings)
+    if monitor.interruption is not None:
+        raise monitor.interruption
+    if plan is None:
+        raise EngineBuildError(
+            "TensorRT's builder refused the network",
+            details=_numbered("message", messages.lines()),
+            hint=_NO_KERNEL if "dedicated kernel" in "".join(messages.lines()) else "see the messages above",
+        )
+    return plan
+
+
+_NO_KERNEL = (
+    "TensorRT has no 16-bit attention kernel for this shape: export with --dtype float32, or build with --max-batch 2"
+)
+
+
+def _write(target: Path, plan: Any, sidecar: Mapping[str, Any]) -> None:
+    """Both files appear whole, the sidecar last: without one an engine is not listed."""
+    folder = target.parent
+    is_new = not folder.exists()
+    staging = folder / f".llama-export-{os.getpid()}.partial"
+    try:
+        folder.mkdir(exist_ok=True)
+        remove_stale_staging(folder)
+        staging.mkdir()
+        write_atomically(staging / target.name, plan)
+        write_atomically(staging / target.with_suffix(".json").name, json_bytes(sidecar))
+        # An old sidecar must never describe the new engine.
+        target.with_suffix(".json").unlink(missing_ok=True)
+        os.replace(staging / target.name, target)
+        os.replace(staging / target.with_suffix(".json").name, target.with_suffix(".json"))
+    except OSError as err:
+        raise write_error(err, folder) from err
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if is_new and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _numbered(label: str, lines: Sequence[str]) -> dict[str, str]:
+    return {label if len(lines) == 1 else f"{label} {index}": line for index, line in enumerate(lines, 1)}
+
+
+# ---- check ------------------------------------------------------------------------------------------------------
+
+
+def inspect_engine(path: Path) -> dict[str, Any]:
+    """The sidecar of an engine file, after the file was found to be the one it describes.
+
+    Raises:
+        ArtifactMismatchError: no sidecar, a broken one, or another file.
+    """
+    sidecar_path = path.with_suffix(".json")
+    for needed in (path, sidecar_path):
+        if not needed.is_file():
+            raise ArtifactMismatchError(f"`{needed.name}` is missing", details={"folder": path.parent}, hint=_REBUILD)
+    sidecar = load_json_object(sidecar_path)
+    if sidecar.get("schema_version") != SCHEMA_VERSION:
+        raise ArtifactMismatchError(
+            "this engine's sidecar has another schema version",
+            details={"file": sidecar_path, "got": sidecar.get("schema_version"), "expected": SCHEMA_VERSION},
+            hint=_REBUILD,
+        )
+    with path.open("rb") as stream:
+        got = hashlib.file_digest(stream, "sha256").hexdigest()
+    if got != sidecar.get("engine_sha256"):
+        raise ArtifactMismatchError(
+            f"`{path.name}` is not the file its sidecar describes",
+            details={"got": f"sha256 {got}", "expected": f"sha256 {sidecar.get('engine_sha256')}"},
+            hint=_REBUILD,
+        )
+    return sidecar
+
+
+_REBUILD = "build again: llama-export build BUNDLE --force"
+
+
+def check_engine(bundle: Bundle, engine_path: Path) -> EngineFacts:
+    """An engine file against its sidecar, the sidecar against the bundle, and the plan against both.
+
+    Raises:
+        ArtifactMismatchError: all differences.
+    """
+    sidecar = inspect_engine(engine_path)
+    try:
+        problems, not_checked = _sidecar_problems(sidecar, bundle, engine_path), []
+        if not problems and is_readable(sidecar):
+            with engine_path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+                plan_facts, problems = read_plan(plan, sidecar)
+            problems += [
+                f"{key}: got {sidecar[key]}, the plan says {value}"
+                for key, value in plan_facts.items()
+                if sidecar[key] != value
+            ]
+        elif not problems:
+            not_checked.append(
+                f"the plan's content: its layout is not known for {sidecar['backend']} {sidecar['backend_version']}"
+            )
+        if problems:
+            raise ArtifactMismatchError(
+                f"`{engine_path.name}` is not an engine of this bundle",
+                details=_numbered("difference", problems),
+                hint=_REBUILD,
+            )
+        return EngineFacts(
+            backend=sidecar["backend"],
+            backend_version=sidecar["backend_version"],
+            ops=sidecar["ops"],
+            dtype=sidecar["dtype"],
+            bytes=sidecar["bytes"],
+            kv_cache_capacity=sidecar["kv_cache_capacity"],
+            max_batch=sidecar["max_batch"],
+            layers=sidecar["layers"],
+            compute_capabilities=tuple(sidecar["compute_capabilities"]),
+            forward_compatible=sidecar["forward_compatible"],
+            not_checked=tuple(not_checked),
+        )
+    except (ConfigError, ShapeError, KeyError, TypeError, AttributeError, ValueError) as err:
+        raise ArtifactMismatchError(
+            f"the sidecar of `{engine_path.name}` lacks a field or holds a wrong one: {err}",
+            details={"file": engine_path.with_suffix(".json")},
+            hint=_REBUILD,
+        ) from err
+
+
+def _sidecar_problems(sidecar: Mapping[str, Any], bundle: Bundle, engine_path: Path) -> list[str]:
+    """What the sidecar says against what the bundle and the sidecar's own settings imply."""
+    capacity = sidecar["kv_cache_capacity"]
+    settings = EngineConfig(
+        backend=sidecar["backend"],
+        ops=sidecar["ops"],
+        max_seq_len=capacity,
+        max_batch=sidecar["max_batch"],
+        tf32=sidecar["settings"]["tf32"],
+    )
+    expected: dict[str, object] = {
+        "bytes": engine_path.stat().st_size,
+        "onnx_sha256": bundle.manifest["graph_sha256"],
+        "dtype": bundle.dtype,
+        "kv_cache_capacity": resolve_capacity(bundle.config, capacity),
+        "io": engine_io(bundle, capacity),
+        "profiles": engine_profiles(bundle.config, capacity, settings.max_batch),
+        "plugin_library": None,
+        "settings": {
+            "tf32": settings.tf32,
+            "strongly_typed": True,
+            "decomposable_attention": may_decompose(bundle.dtype),
+        },
+    }
+    problems = [
+        f"{key}: got {sidecar[key]}, expected {value}" for key, value in expected.items() if sidecar[key] != value
+    ]
+    counts = expected_layers(bundle.config)
+    problems += [
+        f"{sidecar['layers'].get(name, 0)} layers {name}, expected {count}"
+        for name, count in counts.items()
+        if sidecar["layers"].get(name, 0) != count
+    ]
+    return problems
+
+
+# ---- execution --------------------------------------------------------------------------------------------------
+
+
+class EngineSession:
+    """Runs an engine over a cache that stays on the GPU. **Not run on a GPU**: tested against a stand-in for CUDA.
+
+    Same interface as :class:`llama_export.runtime.session.OnnxRuntimeSession`. Every cache is one zeroed buffer, bound
+    as ``past_key_values.*`` and as ``present.*``. A call with S = N = 1 uses the decode profile, any other prefill.
+
+    Args:
+        bundle: from :func:`llama_export.bundle.load_bundle`.
+        engine_path: made from this bundle by :func:`build_engine`.
+        batch_size: B, rows, at most the engine's ``max_batch``.
+
+    Raises:
+        ArtifactMismatchError: the file is not an engine of this bundle.
+        ShapeError: more rows than the engine serves.
+        ToolchainError: this machine cannot run it, or TensorRT cannot load it; the reason is attached.
+    """
+
+    def __init__(self, bundle: Bundle, engine_path: Path, *, batch_size: int = 1) -> None:
+        self._buffers: dict[str, tuple[int, int]] = {}
+        """Tensor name -> (device address, bytes)."""
+        self.facts = check_engine(bundle, engine_path)
+        self.config, self.dtype, self.backend = bundle.config, bundle.dtype, self.facts.backend
+        self.capacity, self.batch_size = self.facts.kv_cache_capacity, batch_size
+        if not 1 <= batch_size <= self.facts.max_batch:
+            raise ShapeError(
+                f"this engine does not serve {batch_size} rows",
+                details={"got": batch_size, "expected": f"1..{self.facts.max_batch}"},
+                hint="build with a larger --max-batch",
+            )
+        if (blocker := execution_blocker(self.backend)) is not None:
+            raise ToolchainError(
+                "this machine cannot run the engine", details={"engine": engine_path.name, "reason": blocker}
+            )
+        trt, self._cuda = load_backend(self.backend), load_cuda_runtime(self.backend)
+        self._messages = message_log(trt)
+        self._runtime = trt.Runtime(self._messages)
+        self._engine = self._runtime.deserialize_cuda_engine(engine_path.read_bytes())
+        self._require(self._engine is not None, "load the engine")
+        self._check_engine_io(bundle)
+        self._context = self._engine.create_execution_context()
+        self._require(self._context is not None, "create an execution context")
+        self._stream = self._call("cudaStreamCreate")
+        self._cache_shape = cache_shape(self.config, batch_size, self.capacity)
+        self._cache_bytes = int(np.prod(self._cache_shape)) * (4 if self.dtype == "float32" else 2)
+        self._names = list(cache_names(self.config.num_hidden_layers))
+        for past, _ in self._names:
+            self._call("cudaMemset", self._address(past, self._cache_bytes), 0, self._cache_bytes)
+        self.past_length: NDArray[np.int64] = np.zeros(batch_size, np.int64)
+        """[B], valid tokens in each row of the cache."""
+
+    def reset(self) -> None:
+        """Forgets all tokens. Old entries stay in the buffers, finite and never seen."""
+        self.past_length[:] = 0
+
+    def step(
+        self,
+        input_ids: Any,
+        *,
+        sequence_length: Any = None,
+        logits_index: Any = None,
+    ) -> NDArray[np.float32]:
+        """Appends tokens to the cache: a prefill, a chunk of one, or a decode step.
+
+        Args:
+            input_ids: [B, S], right-padded; ids within the vocabulary are the caller's duty.
+            sequence_length: [B], valid tokens per row, 1..S; default S.
+            logits_index: [B, N], positions 0..S-1 that get logits; default the last valid one (N = 1).
+
+        Returns:
+            logits [B, N, V], float32.
+
+        Raises:
+            ShapeError: another batch, more positions than the profile has, or more tokens than the cache can hold.
+            ToolchainError: CUDA or TensorRT failed.
+        """
+        ids: NDArray[np.int64] = np.ascontiguousarray(input_ids, np.int64)
+        new_tokens = ids.shape[-1]
+        lengths = np.full(self.batch_size, new_tokens) if sequence_length is None else np.asarray(sequence_length)
+        index = lengths[:, None] - 1 if logits_index is None else np.asarray(logits_index)
+        self._check_request(ids, index)
+        feeds = {"input_ids": ids, "past_length": self.past_length, "sequence_length": lengths, "logits_index": index}
+
+        profile = DECODE if new_tokens == 1 and index.shape[1] == 1 else PREFILL
+        selected = self._context.set_optimization_profile_async(PROFILES.index(profile), int(self._stream))
+        self._require(selected, f"select the {profile} profile")
+        for name, values in feeds.items():
+            host = np.ascontiguousarray(values, np.int64)
+            address = self._address(name, host.nbytes)
+            # Waits for the copy, so the host array may go.
+            self._call(
+                "cudaMemcpy", address, host.ctypes.data, host.nbytes, self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+            )
+            self._bind_input(name, host.shape, address)
+        for past, present in self._names:
+            address = self._address(past, self._cache_bytes)
+            self._bind_input(past, self._cache_shape, address)
+            self._require(self._context.set_tensor_address(present, address), f"bind `{present}`")
+        logits = np.empty((*index.shape, self.config.vocab_size), np.float32)
+        address = self._address("logits", logits.nbytes)
+        self._require(self._context.set_tensor_address("logits", address), "bind `logits`")
+        self._require(self._context.execute_async_v3(int(self._stream)), f"run the {profile} profile")
+        self._call("cudaStreamSynchronize", self._stream)
+        self._call(
+            "cudaMemcpy", logits.ctypes.data, address, logits.nbytes, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        )
+        self.past_length += lengths
+        return logits
+
+    def cache_array(self, name: str) -> NDArray[np.float32]:
+        """A copy of one cache tensor [B, G, C, D] on the host, widened to float32 (exactly)."""
+        kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+        host = np.empty(self._cache_shape, kinds[self.dtype])
+        address = self._address(name, self._cache_bytes)
+        self._call(
+            "cudaMemcpy", host.ctypes.data, address, host.nbytes, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        )
+        if self.dtype == "bfloat16":  # the upper half of a float32
+            return (host.astype(np.uint32) << 16).view(np.float32)
+        return host.astype(np.float32)
+
+    def close(self) -> None:
+        """Frees the GPU memory of cache and inputs; the engine's own goes with the object."""
+        for address, _ in self._buffers.values():
+            self._cuda.cudaFree(address)
+        self._buffers.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _check_request(self, ids: NDArray[np.int64], index: NDArray[Any]) -> None:
+        if ids.ndim != 2 or ids.shape[0] != self.batch_size or ids.shape[1] < 1:
+            raise ShapeError(
+                "input_ids has the wrong shape",
+                details={"got": list(ids.shape), "expected": f"[{self.batch_size}, S >= 1]"},
+            )
+        if (
+            index.ndim != 2
+            or index.shape[0] != self.batch_size
+            or not 1 <= index.shape[1] <= min(MAX_LOGITS, self.capacity)
+        ):
+            raise ShapeError(
+                "logits_index has the wrong shape",
+                details={
+                    "got": list(index.shape),
+                    "expected": f"[{self.batch_size}, 1..{min(MAX_LOGITS, self.capacity)}]",
+                },
+                hint="ask for the logits of a long prompt in chunks",
+            )
+        needed = int(self.past_length.max()) + ids.shape[1]
+        if needed > self.capacity:
+            raise ShapeError(
+                f"the cache holds {self.capacity} tokens, the request needs {needed}",
+                details={
+                    "past_length": self.past_length.tolist(),
+                    "new tokens": ids.shape[1],
+                    "kv_cache_capacity": self.capacity,
+                },
+                hint="build with a larger --max-seq-len, or shorten the prompt",
+            )
+
+    def _check_engine_io(self, bundle: Bundle) -> None:
+        """The loaded engine's own word on what the plan's bytes could only suggest."""
+        names = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
+        expected = {entry["name"]: entry["alias_of"] for entry in engine_io(bundle, self.capacity)}
+        problems = [f"tensors {sorted(names ^ set(expected))}"] if names != set(expected) else []
+        for name, past in expected.items():
+            if past is not None and name in names and self._engine.get_aliased_input_tensor(name) != past:
+                problems.append(f"`{name}` does not alias `{past}`")
+        if problems:
+            raise ArtifactMismatchError(
+                "the loaded engine is not what its sidecar says",
+                details=_numbered("difference", problems),
+                hint=_REBUILD,
+            )
+
+    def _bind_input(self, name: str, shape: tuple[int, ...], address: int) -> None:
+        self._require(self._context.set_input_shape(name, shape), f"give `{name}` the shape {list(shape)}")
+        self._require(self._context.set_tensor_address(name, address), f"bind `{name}`")
+
+    def _address(self, name: str, nbytes: int) -> int:
+        """Device memory of at least ``nbytes`` for a tensor, kept from call to call."""
+        address, size = self._buffers.get(name, (0, 0))
+        if size < nbytes:
+            if size:
+                self._call("cudaFree", address)
+                del self._buffers[name]
+            address = int(self._call("cudaMalloc", nbytes))
+            self._buffers[name] = (address, nbytes)
+        return address
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        """A function of the CUDA runtime; its one result, if any."""
+        status, *results = getattr(self._cuda, function)(*arguments)
+        if int(status) != 0:
+            raise ToolchainError(f"{function} failed: CUDA error {int(status)}", details={"reason": status})
+        return results[0] if results else None
+
+    def _require(self, ok: bool, what: str) -> None:
+        if not ok:
+            raise ToolchainError(f"TensorRT could not {what}", details=_numbered("message", self._messages.lines()))

@@ -1,0 +1,645 @@
+"""Engines: built for real on the CPU, their structure proven, faults caught, and the session run on a stand-in.
+
+Nothing here runs an engine: that needs a GPU. What an engine holds is read from the parsed network and from the plan.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from llama_export import _tensorrt, engine
+from llama_export.bundle import Bundle, load_bundle
+from llama_export.config import DTYPES, EngineConfig
+from llama_export.engine import EngineSession, build_engine, check_engine, execution_blocker, inspect_engine
+from llama_export.errors import (
+    ArtifactMismatchError,
+    ConfigError,
+    EngineBuildError,
+    ExportError,
+    MissingDependencyError,
+    ShapeError,
+    ToolchainError,
+)
+from llama_export.runtime.session import OnnxRuntimeSession
+
+trt = pytest.importorskip("tensorrt_rtx_bindings")
+
+LAYERS, CAPACITY, POSITIONS = 2, 53, 128
+SMALL = EngineConfig(max_seq_len=CAPACITY, max_batch=3)
+
+
+@pytest.fixture(scope="session")
+def built(tiny_bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Bundle, Path]]:
+    """dtype -> a copy of the bundle with one engine in it, not to be modified."""
+    made = {}
+    for dtype, bundle in tiny_bundles.items():
+        folder = tmp_path_factory.mktemp("built") / dtype
+        shutil.copytree(bundle.folder, folder)
+        copy = load_bundle(folder)
+        made[dtype] = (copy, Path(build_engine(copy, SMALL).engine))
+    return made
+
+
+@pytest.fixture
+def bundle(tiny_bundles: dict[str, Bundle], tmp_path: Path) -> Bundle:
+    """A float32 bundle of the test's own, without engines."""
+    shutil.copytree(tiny_bundles["float32"].folder, tmp_path / "bundle")
+    return load_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def own_engine(built: dict[str, tuple[Bundle, Path]], tmp_path: Path) -> tuple[Bundle, Path]:
+    """A float32 bundle with an engine that the test may spoil."""
+    original, path = built["float32"]
+    shutil.copytree(original.folder, tmp_path / "bundle")
+    return load_bundle(tmp_path / "bundle"), tmp_path / "bundle" / "engines" / path.name
+
+
+def _edit_sidecar(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    sidecar_path = path.with_suffix(".json")
+    sidecar = json.loads(sidecar_path.read_text())
+    edit(sidecar)
+    sidecar_path.write_text(json.dumps(sidecar))
+
+
+# ---- what is built ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_engine_and_sidecar_are_what_the_config_implies(built: dict[str, tuple[Bundle, Path]], dtype: str) -> None:
+    bundle, path = built[dtype]
+    sidecar = inspect_engine(path)
+    assert path.name == f"{dtype}-native-c{CAPACITY}-b3.tensorrt-rtx.engine"
+    assert sidecar["onnx_sha256"] == bundle.manifest["graph_sha256"]
+    assert (sidecar["dtype"], sidecar["kv_cache_capacity"], sidecar["max_batch"]) == (dtype, CAPACITY, 3)
+    assert sidecar["settings"] == {
+        "tf32": False, "strongly_typed": True, "decomposable_attention": dtype == "float32",
+    }  # fmt: skip
+    assert sidecar["layers"]["KV_CACHE_UPDATE"] == 2 * LAYERS
+    assert sidecar["layers"]["ATTENTION_INPUT"] == LAYERS
+    assert sidecar["layers"]["MATRIX_MULTIPLY"] == 7 * LAYERS + 1
+    assert sidecar["profiles"]["prefill"]["input_ids"] == [[1, 1], [1, CAPACITY], [3, CAPACITY]]
+    assert sidecar["profiles"]["decode"]["input_ids"] == [[1, 1], [1, 1], [3, 1]]
+    assert sidecar["profiles"]["decode"]["past_key_values.1.value"][2] == [3, 2, CAPACITY, 16]
+    assert sidecar["compute_capabilities"] == ["8.0"]
+    assert sidecar["forward_compatible"]
+    by_name = {entry["name"]: entry for entry in sidecar["io"]}
+    assert by_name["present.1.key"] == {
+        "name": "present.1.key", "kind": "output", "dtype": dtype, "shape": ["batch_size", 2, CAPACITY, 16],
+        "alias_of": "past_key_values.1.key",
+    }  # fmt: skip
+    assert "sequence_length" in by_name, "an input that this RoPE type does not read stays an input"
+    assert str(bundle.folder) not in path.with_suffix(".json").read_text()
+    assert bundle.engines == [path]
+    assert sorted(item.name for item in path.parent.iterdir()) == sorted([path.name, path.with_suffix(".json").name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_check_engine_accepts_what_was_built(built: dict[str, tuple[Bundle, Path]], dtype: str) -> None:
+    facts = check_engine(*built[dtype])
+    assert facts.not_checked == ()
+    assert facts.metrics["in_place_cache_updates"] == 2 * LAYERS
+    assert facts.bytes == built[dtype][1].stat().st_size
+
+
+def test_result_and_callbacks(bundle: Bundle) -> None:
+    lines: list[str] = []
+    steps: list[tuple[str, int, int]] = []
+    result = build_engine(bundle, SMALL, log=lines.append, progress=lambda *step: steps.append(step))
+    assert (result.backend, result.ops, result.plugin_layers) == ("tensorrt-rtx", "native", {})
+    assert result.bytes == Path(result.engine).stat().st_size
+    assert lines[0].startswith("build: tensorrt-rtx 1.")
+    assert lines[-1].startswith("build: done in ")
+    assert steps
+    assert all(1 <= done <= total for _, done, total in steps)
+
+
+def test_tf32_is_another_engine_and_is_seen_in_the_plan(own_engine: tuple[Bundle, Path]) -> None:
+    bundle, _ = own_engine
+    tf32 = Path(build_engine(bundle, EngineConfig(max_seq_len=CAPACITY, max_batch=3, tf32=True)).engine)
+    check_engine(bundle, tf32)
+    _edit_sidecar(tf32, lambda sidecar: sidecar["settings"].update(tf32=False))
+    with pytest.raises(ArtifactMismatchError, match="tf32 is 1, expected 0"):
+        check_engine(bundle, tf32)
+
+
+def test_default_capacity_is_the_models_context(bundle: Bundle) -> None:
+    assert engine.resolve_capacity(bundle.config, None) == POSITIONS
+    with pytest.raises(ShapeError, match=f"no positions beyond {POSITIONS} tokens"):
+        build_engine(bundle, EngineConfig(max_seq_len=POSITIONS + 1))
+
+
+def test_an_existing_engine_is_replaced_only_by_force(own_engine: tuple[Bundle, Path]) -> None:
+    bundle, path = own_engine
+    before = path.stat().st_mtime_ns
+    with pytest.raises(ConfigError, match="exists") as caught:
+        build_engine(bundle, SMALL)
+    assert "--force" in str(caught.value.hint)
+    assert path.stat().st_mtime_ns == before
+    build_engine(bundle, EngineConfig(max_seq_len=CAPACITY, max_batch=3, force=True))
+    check_engine(bundle, path)
+    assert path.stat().st_mtime_ns > before
+
+
+def test_missing_backends_name_their_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend, module in (("tensorrt-rtx", "tensorrt_rtx_bindings"), ("tensorrt", "tensorrt")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(MissingDependencyError) as caught:
+            build_engine(bundle, EngineConfig(backend=backend))  # type: ignore[arg-type]
+        assert caught.value.hint == f"pip install 'llama-export[{backend}]'"
+
+
+def test_engine_module_needs_neither_torch_nor_the_op_table() -> None:
+    code = (
+        "import sys, llama_export.engine; print([m for m in ('torch', 'onnx', 'llama_export.ops') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_full_tensorrt_needs_a_gpu_and_says_what_it_did_not_check(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX stands in for the module: the two have one API, and this backend's own path is what is tested."""
+    monkeypatch.setattr(engine, "load_backend", lambda backend: trt)
+    config = EngineConfig(backend="tensorrt", max_seq_len=CAPACITY)
+    monkeypatch.setattr(_tensorrt, "_load_driver", lambda: None)
+    with pytest.raises(ToolchainError, match="builds on the GPU it builds for"):
+        build_engine(bundle, config)
+    monkeypatch.setattr(_tensorrt, "_load_driver", lambda: FakeDriver(9, 0))
+    monkeypatch.setattr(_tensorrt.importlib.util, "find_spec", lambda name: name)
+    path = Path(build_engine(bundle, config).engine)
+    facts = check_engine(bundle, path)
+    assert (path.suffixes[-2:], facts.compute_capabilities) == ([".tensorrt", ".engine"], ("9.0",))
+    assert "layout is not known for tensorrt" in facts.not_checked[0]
+
+
+# ---- faults in the graph ----------------------------------------------------------------------------------------
+
+
+def _attention_nodes(proto: Any) -> list[Any]:
+    return [node for node in proto.graph.node if node.op_type == "LlamaAttention"]
+
+
+def _swap_key_and_value_caches(proto: Any) -> None:
+    node = _attention_nodes(proto)[0]
+    node.input[5], node.input[6] = node.input[6], node.input[5]
+
+
+def _exchange_the_caches_of_two_layers(proto: Any) -> None:
+    first, second = _attention_nodes(proto)
+    first.input[5], second.input[5] = second.input[5], first.input[5]
+
+
+def _write_at_sequence_length(proto: Any) -> None:
+    _attention_nodes(proto)[1].input[7] = "sequence_length"
+
+
+def _copy_a_cache_output(proto: Any) -> None:
+    node = _attention_nodes(proto)[1]
+    name = node.output[2]
+    node.output[2] = "copied"
+    proto.graph.node.append(helper.make_node("Add", ["copied", "copied"], [name]))
+
+
+def _attention_body(proto: Any) -> tuple[Any, Any]:
+    function = next(function for function in proto.functions if function.name == "LlamaAttention")
+    return function, next(node for node in function.node if node.op_type == "Attention")
+
+
+def _causal_instead_of_a_mask(proto: Any) -> None:
+    _, node = _attention_body(proto)
+    del node.input[3:]
+    next(item for item in node.attribute if item.name == "is_causal").i = 1
+
+
+def _attend_over_the_old_keys(proto: Any) -> None:
+    _, node = _attention_body(proto)
+    node.input[1] = "past_key"
+
+
+def _sum_over_the_old_values(proto: Any) -> None:
+    _, node = _attention_body(proto)
+    node.input[2] = "past_value"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (_swap_key_and_value_caches, "`present.0.key` updates `past_key_values.0.value`"),
+        (_exchange_the_caches_of_two_layers, "`present.1.key` updates `past_key_values.0.key`"),
+        (_write_at_sequence_length, "`present.1.value` is not written at `past_length`"),
+        (_copy_a_cache_output, "present.1.value"),
+        (_causal_instead_of_a_mask, "attention 0 has no mask"),
+        (_attend_over_the_old_keys, "attention 1 does not read `present.1.key`"),
+        (_sum_over_the_old_values, "attention 0 does not read `present.0.value`"),
+    ],
+    ids=lambda item: item.__name__ if callable(item) else "",
+)
+def test_a_wrong_structure_is_not_built(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], None], message: str
+) -> None:
+    right = engine.tensorrt_proto
+
+    def faulty(*arguments: Any) -> Any:
+        proto = right(*arguments)
+        fault(proto)
+        return proto
+
+    monkeypatch.setattr(engine, "tensorrt_proto", faulty)
+    with pytest.raises(EngineBuildError) as caught:
+        build_engine(bundle, SMALL)
+    assert message in str(caught.value)
+    assert not (bundle.folder / "engines").exists()
+
+
+def test_a_missing_layer_is_counted(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = engine.expected_layers
+    monkeypatch.setattr(
+        engine, "expected_layers", lambda config: right(config) | {"KV_CACHE_UPDATE": 5, "PLUGIN_V3": 1}
+    )
+    with pytest.raises(EngineBuildError) as caught:
+        build_engine(bundle, SMALL)
+    assert "4 layers KV_CACHE_UPDATE, expected 5" in str(caught.value)
+    assert "0 layers PLUGIN_V3, expected 1" in str(caught.value)
+
+
+def test_an_unexpected_input_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = engine.tensorrt_proto
+
+    def with_another_capacity(module: Any, bundle: Bundle, capacity: int) -> Any:
+        return right(module, bundle, capacity - 1)
+
+    monkeypatch.setattr(engine, "tensorrt_proto", with_another_capacity)
+    with pytest.raises(EngineBuildError) as caught:
+        build_engine(bundle, SMALL)
+    assert f"unexpected input past_key_values.0.key float32 [-1, 2, {CAPACITY - 1}, 16]" in str(caught.value)
+    assert f"missing output present.1.value float32 [-1, 2, {CAPACITY}, 16]" in str(caught.value)
+
+
+def test_parser_errors_are_attached_with_their_node(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "CAPACITY", "another symbol")  # so C stays symbolic, which KV_CACHE_UPDATE refuses
+    with pytest.raises(EngineBuildError, match="parser refused the graph") as caught:
+        build_engine(bundle, SMALL)
+    assert "(TensorScatter)" in str(caught.value)
+    assert "LlamaAttention" in str(caught.value)
+
+
+def test_builder_errors_are_attached(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "may_decompose", lambda dtype: False)  # float32 attention has no fused kernel
+    with pytest.raises(EngineBuildError, match="builder refused the network") as caught:
+        build_engine(bundle, SMALL)
+    assert "is_decomposable" in str(caught.value)
+    assert not (bundle.folder / "engines").exists()
+
+
+# ---- failures leave nothing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_build_leaves_nothing(bundle: Bundle, interruption: type[BaseException]) -> None:
+    def stop(name: str, done: int, total: int) -> None:
+        raise interruption
+
+    with pytest.raises(interruption):
+        build_engine(bundle, SMALL, progress=stop)
+    assert not (bundle.folder / "engines").exists()
+
+
+def test_a_failed_write_leaves_nothing(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = engine.write_atomically
+
+    def fail_at_the_sidecar(path: Path, data: bytes) -> None:
+        if path.suffix == ".json":
+            raise ExportError("cannot write")
+        right(path, data)
+
+    monkeypatch.setattr(engine, "write_atomically", fail_at_the_sidecar)
+    with pytest.raises(ExportError):
+        build_engine(bundle, SMALL)
+    assert not (bundle.folder / "engines").exists()
+
+
+def test_the_next_build_removes_what_a_killed_one_left(bundle: Bundle) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    stale = bundle.folder / "engines" / f".llama-export-{child.pid}.partial"
+    stale.mkdir(parents=True)
+    (stale / "half.engine").write_bytes(b"half")
+    assert bundle.engines == []
+    build_engine(bundle, SMALL)
+    assert not stale.exists()
+
+
+# ---- checking a file --------------------------------------------------------------------------------------------
+
+
+def test_a_changed_engine_file_is_refused(own_engine: tuple[Bundle, Path]) -> None:
+    bundle, path = own_engine
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactMismatchError, match="is not the file its sidecar describes"):
+        check_engine(bundle, path)
+
+
+def test_an_engine_of_another_dtype_is_refused(
+    built: dict[str, tuple[Bundle, Path]], own_engine: tuple[Bundle, Path]
+) -> None:
+    bundle, _ = own_engine
+    with pytest.raises(ArtifactMismatchError, match="onnx_sha256") as caught:
+        check_engine(bundle, built["bfloat16"][1])
+    assert "dtype: got bfloat16, expected float32" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: s.update(kv_cache_capacity=CAPACITY + 1), "io: got"),
+        (lambda s: s["io"][-1].update(alias_of=None), "io: got"),
+        (lambda s: s["profiles"]["prefill"]["input_ids"].pop(), "profiles: got"),
+        (lambda s: s["layers"].update(KV_CACHE_UPDATE=3), "3 layers KV_CACHE_UPDATE, expected 4"),
+        (lambda s: s.update(compute_capabilities=["9.0"]), "the plan says ['8.0']"),
+        (lambda s: s.update(plugin_library="x.so"), "plugin_library"),
+        (lambda s: s.update(max_batch="three"), "holds a wrong one"),
+        (lambda s: s.pop("io"), "lacks a field"),
+        (lambda s: s.update(schema_version=2), "schema version"),
+    ],
+    ids=["capacity", "alias", "profile", "layers", "gpu", "plugins", "type", "field", "schema"],
+)
+def test_a_sidecar_that_lies_is_refused(
+    own_engine: tuple[Bundle, Path], edit: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    bundle, path = own_engine
+    _edit_sidecar(path, edit)
+    with pytest.raises(ArtifactMismatchError) as caught:
+        check_engine(bundle, path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("find", "replace", "message"),
+    [
+        (b"outputs={", b"outputz={", "no graph that writes the cache"),
+        (b" 2 53 16 ", b" 2 54 16 ", "`present.0.key` is float"),
+        (b'"present.1.value.1" "', b'"present_1.value.1" "', "`present.1.value` is not updated in place"),
+        (b"\x0f\0\0\0\0\0\0\0present.1.value", b"\x0f\0\0\0\0\0\0\0present.9.value", "no output `present.1.value`"),
+        (b"accelerators={sm80 }", b"accelerators={sm90 }", "compute_capabilities: got ['8.0'], the plan says ['9.0']"),
+    ],
+    ids=["graph", "capacity", "in-place", "name", "gpu"],
+)
+def test_a_plan_that_is_not_what_its_sidecar_says_is_refused(
+    own_engine: tuple[Bundle, Path], find: bytes, replace: bytes, message: str
+) -> None:
+    """The hash is made to fit, so only reading the plan can tell."""
+    bundle, path = own_engine
+    data = path.read_bytes()
+    assert find in data
+    path.write_bytes(data.replace(find, replace))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    _edit_sidecar(path, lambda sidecar: sidecar.update(engine_sha256=digest, bytes=path.stat().st_size))
+    with pytest.raises(ArtifactMismatchError) as caught:
+        check_engine(bundle, path)
+    assert message in str(caught.value)
+
+
+def test_an_unknown_plan_layout_is_said_not_to_be_checked(own_engine: tuple[Bundle, Path]) -> None:
+    bundle, path = own_engine
+    _edit_sidecar(path, lambda sidecar: sidecar.update(backend_version="1.9.0.1"))
+    assert "layout is not known" in check_engine(bundle, path).not_checked[0]
+
+
+def test_an_engine_of_a_graph_that_is_not_the_manifests_is_refused(bundle: Bundle) -> None:
+    proto = onnx.load(bundle.model_path, load_external_data=False)
+    proto.doc_string = "changed after the export"
+    bundle.model_path.write_bytes(proto.SerializeToString())
+    path = Path(build_engine(load_bundle(bundle.folder, ignore_hashes=True), SMALL).engine)
+    with pytest.raises(ArtifactMismatchError, match="onnx_sha256"):
+        check_engine(bundle, path)
+
+
+def test_a_missing_sidecar_is_named(own_engine: tuple[Bundle, Path]) -> None:
+    bundle, path = own_engine
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ArtifactMismatchError, match="is missing"):
+        check_engine(bundle, path)
+
+
+# ---- execution --------------------------------------------------------------------------------------------------
+
+
+class FakeDriver:
+    """libcuda with one GPU of a given compute capability, or an error code from ``cuInit``."""
+
+    def __init__(self, major: int = 0, minor: int = 0, error: int = 0) -> None:
+        self.values = {75: major, 76: minor}
+        self.error = error
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return self.error
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = 1
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: N802
+        value._obj.value = self.values[attribute]
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "backend", "reason"),
+    [
+        (None, "tensorrt-rtx", "no NVIDIA driver"),
+        (FakeDriver(error=100), "tensorrt-rtx", "CUDA error 100"),
+        (FakeDriver(9, 0), "tensorrt-rtx", "compute capability 9.0"),
+        (FakeDriver(8, 9), "tensorrt-rtx", None),
+        (FakeDriver(12, 0), "tensorrt-rtx", None),
+        (FakeDriver(9, 0), "tensorrt", "`tensorrt` is not installed"),
+    ],
+    ids=["no-driver", "no-gpu", "h100", "ada", "blackwell", "no-package"],
+)
+def test_execution_blocker_says_why(
+    monkeypatch: pytest.MonkeyPatch, driver: FakeDriver | None, backend: str, reason: str | None
+) -> None:
+    present = {"tensorrt_rtx_bindings", "cuda"}
+    monkeypatch.setattr(_tensorrt, "_load_driver", lambda: driver)
+    monkeypatch.setattr(_tensorrt.importlib.util, "find_spec", lambda name: name if name in present else None)
+    blocker = execution_blocker(backend)
+    assert (blocker is None) if reason is None else (reason in str(blocker))
+
+
+class FakeCuda:
+    """The CUDA runtime over host memory."""
+
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
+
+    def __init__(self) -> None:
+        self.memory: dict[int, Any] = {}
+
+    def cudaMalloc(self, nbytes: int) -> tuple[int, int]:  # noqa: N802
+        buffer = (ctypes.c_ubyte * nbytes)(*([0xFF] * min(nbytes, 1 << 16)))  # NaN, so that a missing memset shows
+        self.memory[ctypes.addressof(buffer)] = buffer
+        return 0, ctypes.addressof(buffer)
+
+    def cudaFree(self, address: int) -> tuple[int]:  # noqa: N802
+        del self.memory[address]
+        return (0,)
+
+    def cudaMemset(self, address: int, value: int, nbytes: int) -> tuple[int]:  # noqa: N802
+        ctypes.memset(address, value, nbytes)
+        return (0,)
+
+    def cudaMemcpy(self, target: int, source: int, nbytes: int, kind: int) -> tuple[int]:  # noqa: N802
+        ctypes.memmove(target, source, nbytes)
+        return (0,)
+
+    def cudaStreamCreate(self) -> tuple[int, int]:  # noqa: N802
+        return 0, 7
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:  # noqa: N802
+        return (0,)
+
+
+class FakeEngine:
+    """Engine and execution context in one: computes with onnxruntime on what it is bound to, within its profiles."""
+
+    def __init__(self, bundle: Bundle, sidecar: dict[str, Any]) -> None:
+        import onnxruntime
+
+        self.session = onnxruntime.InferenceSession(str(bundle.model_path), providers=["CPUExecutionProvider"])
+        self.io, self.profiles = sidecar["io"], list(sidecar["profiles"].values())
+        self.num_io_tensors = len(self.io)
+        self.used_profiles: list[int] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def get_tensor_name(self, index: int) -> str:
+        return str(self.io[index]["name"])
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return next((entry["alias_of"] for entry in self.io if entry["name"] == name), None)
+
+    def create_execution_context(self) -> FakeEngine:
+        return self
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.used_profiles.append(index)
+        self.shapes.clear()
+        self.addresses.clear()
+        return stream == 7
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        smallest, _, largest = self.profiles[self.used_profiles[-1]][name]
+        self.shapes[name] = tuple(shape)
+        return all(low <= dim <= high for low, dim, high in zip(smallest, shape, largest, strict=True))
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
+        pointer = ctypes.cast(self.addresses[name], ctypes.POINTER(ctypes.c_ubyte))
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.ctypeslib.as_array(pointer, (nbytes,)).view(dtype).reshape(shape)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        inputs = [entry for entry in self.io if entry["kind"] == "input"]
+        feeds = {e["name"]: self.array(e["name"], self.shapes[e["name"]], e["dtype"]).copy() for e in inputs}
+        outputs = [entry for entry in self.io if entry["kind"] == "output"]
+        for entry, value in zip(outputs, self.session.run([e["name"] for e in outputs], feeds), strict=True):
+            if entry["alias_of"] is not None and self.addresses[entry["name"]] != self.addresses[entry["alias_of"]]:
+                return False
+            self.array(entry["name"], value.shape, entry["dtype"])[...] = value
+        return True
+
+
+@pytest.fixture
+def fake_gpu(built: dict[str, tuple[Bundle, Path]], monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    """Replaces TensorRT, CUDA and the GPU by stand-ins on the host."""
+    bundle, path = built["float32"]
+    fake = FakeEngine(bundle, inspect_engine(path))
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: fake if data == path.read_bytes() else None)
+    module = SimpleNamespace(ILogger=trt.ILogger, Runtime=lambda log: runtime)
+    monkeypatch.setattr(engine, "load_backend", lambda backend: module)
+    monkeypatch.setattr(engine, "load_cuda_runtime", lambda backend: FakeCuda())
+    monkeypatch.setattr(engine, "execution_blocker", lambda backend: None)
+    return fake
+
+
+def test_session_prefills_and_decodes_in_place(built: dict[str, tuple[Bundle, Path]], fake_gpu: FakeEngine) -> None:
+    bundle, path = built["float32"]
+    session = EngineSession(bundle, path, batch_size=2)
+    want = OnnxRuntimeSession(bundle, max_seq_len=CAPACITY, batch_size=2)
+    tokens = np.random.default_rng(0).integers(0, bundle.config.vocab_size, (2, 16))
+    steps: list[tuple[Any, dict[str, Any]]] = [
+        (tokens[:, :7], {"sequence_length": [7, 4], "logits_index": [[0, 3, 6], [0, 1, 3]]}),
+        (tokens[:, 7:8], {}),
+        (tokens[:, 8:11], {}),
+        (tokens[:, 11:12], {}),
+    ]
+    for ids, arguments in steps:
+        np.testing.assert_allclose(session.step(ids, **arguments), want.step(ids, **arguments), atol=1e-5)
+    np.testing.assert_array_equal(session.past_length, want.past_length)
+    assert fake_gpu.used_profiles == [0, 1, 0, 1]
+    cache = session.cache_array("past_key_values.1.value")
+    assert cache.shape == (2, 2, CAPACITY, 16)
+    assert np.abs(cache[0, :, :12]).min() > 0
+    assert not cache[0, :, 12:].any(), "the rest of the cache is still zero"
+    session.reset()
+    assert session.past_length.tolist() == [0, 0]
+    memory = session._cuda.memory
+    session.close()
+    assert not memory
+
+
+def test_session_refuses_what_does_not_fit(built: dict[str, tuple[Bundle, Path]], fake_gpu: FakeEngine) -> None:
+    bundle, path = built["float32"]
+    with pytest.raises(ShapeError, match="does not serve 4 rows"):
+        EngineSession(bundle, path, batch_size=4)
+    session = EngineSession(bundle, path)
+    with pytest.raises(ShapeError, match=f"the cache holds {CAPACITY} tokens, the request needs {CAPACITY + 1}"):
+        session.step(np.zeros((1, CAPACITY + 1), np.int64))
+    with pytest.raises(ShapeError, match="input_ids"):
+        session.step(np.zeros((2, 3), np.int64))
+    with pytest.raises(ShapeError, match="logits_index"):
+        session.step(np.zeros((1, 3), np.int64), logits_index=np.zeros((1, CAPACITY + 1), np.int64))
+
+
+def test_session_refuses_an_engine_that_copies_its_cache(
+    built: dict[str, tuple[Bundle, Path]], fake_gpu: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_gpu, "get_aliased_input_tensor", lambda name: None)
+    with pytest.raises(ArtifactMismatchError, match="does not alias"):
+        EngineSession(*built["float32"])
+
+
+def test_session_without_a_gpu_says_why(built: dict[str, tuple[Bundle, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tensorrt, "_load_driver", lambda: None)
+    with pytest.raises(ToolchainError, match="cannot run the engine") as caught:
+        EngineSession(*built["float32"])
+    assert "no NVIDIA driver" in str(caught.value)
+
+
+def test_proto_for_tensorrt_leaves_the_file_alone(bundle: Bundle) -> None:
+    before = bundle.model_path.read_bytes()
+    proto = engine.tensorrt_proto(onnx, bundle, CAPACITY)
+    assert {dim.dim_value for dim in proto.graph.input[4].type.tensor_type.shape.dim} == {0, 2, CAPACITY, 16}
+    assert [item.i for item in _attention_body(proto)[1].attribute if item.name == "TRT_decomposable"] == [1]
+    assert bundle.model_path.read_bytes() == before
