@@ -29,7 +29,7 @@ from typing import Any
 
 from llama_export import __version__
 from llama_export.checkpoint import INDEX_NAME, TOKENIZER_FILES, Checkpoint, WeightFile, read_safetensors_header
-from llama_export.config import LlamaConfig, RopeConfig, WeightsMode, load_json_object
+from llama_export.config import DTYPES, LlamaConfig, RopeConfig, WeightsMode, config_from_dict, load_json_object
 from llama_export.errors import ArtifactMismatchError, ConfigError, ExportError, ToolchainError
 
 SCHEMA_VERSION = 1
@@ -99,6 +99,8 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
     try:
         model = dict(manifest["model"])
         config = LlamaConfig(**{**model, "rope": RopeConfig(**model["rope"]), "eos_token_ids": tuple(model["eos_token_ids"])})
+        _check(manifest["dtype"] in DTYPES, f"dtype {manifest['dtype']!r}")
+        _check(all(isinstance(token, int) for token in manifest["eos_token_ids"]), "eos_token_ids")
         weights, graphs = list(manifest["weights"]), dict(manifest["functions"])
         for entry in (*weights, *graphs.values()):
             check_plain_name(entry["file"], folder / MANIFEST_NAME)
@@ -107,15 +109,42 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
                     f"bundle is incomplete: `{entry['file']}` is missing", details={"bundle": folder}, hint="export again"
                 )
         if not ignore_hashes:
+            _check_config(folder, config)
             for entry in graphs.values():
                 _check_hash(folder, entry["file"], entry["sha256"])
             for entry in weights:
                 _check_weight_file(folder, entry)
-    except (KeyError, TypeError) as err:
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise ConfigError(
             f"`{MANIFEST_NAME}` lacks a field or holds a wrong one: {err}", details={"file": folder / MANIFEST_NAME}, hint="export again"
         ) from err
     return Bundle(folder, manifest, config)
+
+
+def _check(ok: bool, field: str) -> None:
+    if not ok:
+        raise ValueError(field)
+
+
+def _check_config(folder: Path, expected: LlamaConfig) -> None:
+    """``config.json`` still states what was exported. Keys that the export accepted are not questioned again."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    got = config_from_dict(data := load_json_object(path), source=str(path), allow_keys=data.keys())
+    changed = [
+        field.name for field in dataclasses.fields(LlamaConfig) if getattr(got, field.name) != getattr(expected, field.name)
+    ]
+    if changed:
+        raise ArtifactMismatchError(
+            "`config.json` changed after the export",
+            details={
+                "bundle": folder,
+                "got": ", ".join(f"{name}: {getattr(got, name)}" for name in changed),
+                "expected": ", ".join(f"{name}: {getattr(expected, name)}" for name in changed),
+            },
+            hint="export again, or undo the change",
+        )
 
 
 def check_plain_name(name: str, source: Path) -> None:
@@ -124,7 +153,7 @@ def check_plain_name(name: str, source: Path) -> None:
     Raises:
         ArtifactMismatchError: a path, ``..`` or an absolute name.
     """
-    if Path(name).name != name or name in ("", ".", ".."):
+    if Path(name).name != name or name in ("", ".", "..") or set(name) & {"\\", "\0"}:
         raise ArtifactMismatchError(
             f"`{source.name}` names a file outside its folder",
             details={"file": source, "got": name, "expected": "a plain file name"},
@@ -133,7 +162,12 @@ def check_plain_name(name: str, source: Path) -> None:
 
 
 def _check_hash(folder: Path, name: str, expected: str) -> None:
-    got = sha256_of_file(folder / name)
+    try:
+        got = sha256_of_file(folder / name)
+    except OSError as err:
+        raise ArtifactMismatchError(
+            f"`{name}` cannot be read", details={"bundle": folder, "reason": err.strerror or err}, hint="check its permissions"
+        ) from err
     if got != expected:
         raise ArtifactMismatchError(
             f"`{name}` is not the file the manifest describes",
@@ -143,7 +177,7 @@ def _check_hash(folder: Path, name: str, expected: str) -> None:
 
 
 def _check_weight_file(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Size and header always; then the content hash if there is one, else the modification time."""
+    """Size and header always; then the modification time, and where it differs the content hash if there is one."""
     file, _ = read_safetensors_header(folder / entry["file"])
     hint = "export again (the graph takes seconds; nothing is copied in place), or pass --ignore-hashes if you know the file is the same"
 
@@ -243,6 +277,12 @@ def plan_destination(checkpoint: Checkpoint, output: Path | None, *, force: bool
     if output.exists() or output.is_symlink():
         if not output.is_dir() or output.is_symlink():
             raise ConfigError(f"`{output}` is not a folder", details={"expected": "a folder to be made"}, hint="choose another -o")
+        if source.resolve().is_relative_to(output.resolve()):
+            raise ConfigError(
+                f"`{output}` holds the checkpoint itself",
+                details={"checkpoint": source, "expected": "a new or empty folder"},
+                hint="choose another -o",
+            )
         if any(output.iterdir()):
             if not force:
                 raise ConfigError(
@@ -302,21 +342,18 @@ def staged_bundle(destination: Destination) -> Iterator[Path]:
     """
     target = destination.folder
     home = target if destination.in_place else target.resolve().parent
+    new_parents = [folder for folder in (home, *home.parents) if not folder.exists()]
+    staging = home / f".llama-export-{os.getpid()}.partial"
     try:
         home.mkdir(parents=True, exist_ok=True)
         remove_stale_staging(home)
-        staging = home / f".llama-export-{os.getpid()}.partial"
         staging.mkdir()
-    except OSError as err:
-        raise write_error(err, home) from err
-    try:
         yield staging
         for path in staging.iterdir():
             _sync(path)
         _sync(staging)
         if destination.in_place:
-            for name in (ONNXRUNTIME_NAME, MODEL_NAME, MANIFEST_NAME):
-                os.replace(staging / name, target / name)
+            _move_in(staging, target)
         else:
             _swap_in(staging, target, home)
         _sync(home)
@@ -324,6 +361,22 @@ def staged_bundle(destination: Destination) -> Iterator[Path]:
         raise write_error(err, home) from err
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: the bundle is in it, or another process uses it
+            for folder in new_parents:
+                folder.rmdir()
+
+
+def _move_in(staging: Path, target: Path) -> None:
+    """Renames the files of an export in place, the manifest last; if that fails half-way, none of them stays."""
+    placed: list[Path] = []
+    try:
+        for name in (ONNXRUNTIME_NAME, MODEL_NAME, MANIFEST_NAME):
+            placed.append(target / name)
+            os.replace(staging / name, target / name)
+    except BaseException:
+        for path in placed:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _swap_in(staging: Path, target: Path, home: Path) -> None:
@@ -335,8 +388,9 @@ def _swap_in(staging: Path, target: Path, home: Path) -> None:
     os.rename(target, aside)
     try:
         os.rename(staging, target)
-    except OSError:
-        os.rename(aside, target)
+    except BaseException:
+        if not target.exists():
+            os.rename(aside, target)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -75,7 +75,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorEntry]
     """Checkpoint name -> entry; exactly the names of :func:`llama_export.config.expected_tensors`."""
     files: tuple[WeightFile, ...]
-    """The weight files in use, sorted by name."""
+    """All weight files, sorted by name; one may hold only tensors that are not used (a copy of a tied head)."""
 
     @property
     def weight_bytes(self) -> int:
@@ -112,9 +112,7 @@ def load_checkpoint(folder: Path, allow_config_keys: Collection[str] = ()) -> Ch
                     hint="remove the file that does not belong to this checkpoint",
                 )
             entries[entry.name] = entry
-    tensors = _match_tensors(folder, config, entries)
-    used = {entry.file for entry in tensors.values()}
-    return Checkpoint(folder, config, tensors, tuple(file for file in files if file.name in used))
+    return Checkpoint(folder, config, _match_tensors(folder, config, entries), tuple(files))
 
 
 def read_safetensors_header(path: Path) -> tuple[WeightFile, list[TensorEntry]]:

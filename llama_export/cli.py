@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import signal
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import click
 
 from llama_export import __version__
 from llama_export.config import BACKENDS, DTYPES, EngineConfig, ExportConfig
-from llama_export.errors import ConfigError, LlamaExportError, ShapeError
+from llama_export.errors import ConfigError, LlamaExportError, ShapeError, ToolchainError
 
 EXIT_CODES = """\b
 Exit codes:
@@ -111,14 +113,18 @@ def run(
     ignore_hashes: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Continue a prompt on onnxruntime (CPU), greedily. Text goes to stdout as it is generated."""
+    import numpy as np
+
     from llama_export.bundle import load_bundle
     from llama_export.runtime import OnnxRuntimeSession, TextCodec, generate
+    from llama_export.runtime.session import check_token_ids
 
     if (prompt is None) == (tokens is None):
         raise click.UsageError("give either --prompt TEXT or --tokens 1,2,3")
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
     codec = TextCodec(opened.folder) if prompt is not None or (opened.folder / "tokenizer.json").is_file() else None
     ids = codec.encode(prompt) if prompt is not None and codec is not None else _token_list(tokens or "")
+    check_token_ids(np.array(ids, object), opened.config.vocab_size)  # object: an id may be beyond int64
     if max_seq_len is None:
         max_seq_len = _capacity(len(ids), max_new_tokens, opened.config.max_position_embeddings)
     session = OnnxRuntimeSession(opened, max_seq_len=max_seq_len, threads=threads)
@@ -163,7 +169,11 @@ def _token_list(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--tokens is not a list of integers: {text}", details={"got": text, "expected": "1,2,3"}) from None
+        raise ConfigError(
+            f"--tokens is not a list of integers: {text!r}",
+            details={"got": repr(text), "expected": "1,2,3"},
+            hint="separate token ids by commas, or give text: --prompt TEXT",
+        ) from None
 
 
 @cli.command()
@@ -328,34 +338,73 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A terminated export must still remove its temporary folder: turn the signal into an exception.
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        result = cli.main(arguments, prog_name="llama-export", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        # Not cli.main(): it turns a closed pipe into exit code 1, which here means that parity failed.
+        with cli.make_context("llama-export", arguments) as context:
+            cli.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
     except _ParityFailed:
         return 1
     except click.ClickException as err:
         err.show()
-        return err.exit_code
+        _print_error(arguments, err.format_message(), exit_code=2)
+        return 2
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return 130
     except BrokenPipeError:
-        # The reader of stdout is gone (`| head`): nobody is left to tell.
+        # The reader of stdout is gone (`| head`): what any program says that SIGPIPE ended, and never "passed".
         sys.stdout = None
-        return 0
+        return 128 + signal.SIGPIPE
     except LlamaExportError as err:
-        _report_error(err, arguments)
-        return err.exit_code
-    except Exception:  # noqa: BLE001 - the last resort that gives bugs their own exit code
-        traceback.print_exc()
-        click.echo("\nthis is a bug in llama-export: please report it with the output of `llama-export env`", err=True)
-        return 4
+        return _report_error(err, arguments)
+    except OSError as err:
+        if err.errno not in _USER_ERRNOS and err.errno not in _MACHINE_ERRNOS:
+            return _report_bug(err, arguments)
+        if err.filename is None:
+            sys.stdout = None  # what cannot be written to is stdout itself
+        return _report_error(_error_from_os(err), arguments)
+    except Exception as err:  # noqa: BLE001 - the last resort that gives bugs their own exit code
+        return _report_bug(err, arguments)
 
 
-def _report_error(err: LlamaExportError, arguments: Sequence[str]) -> None:
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {err}", err=True)
-    if "--json" in arguments:
-        data = {"error": {"message": err.message, "details": err.details, "hint": err.hint, "exit_code": err.exit_code}}
-        click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+_USER_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+_MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+def _error_from_os(err: OSError) -> LlamaExportError:
+    """What the system refuses wherever a path of the user's is touched. Any other OSError is a bug."""
+    where = "stdout" if err.filename is None else err.filename
+    kind = ToolchainError if err.errno in _MACHINE_ERRNOS else ConfigError
+    hint = "free some space or check the disk" if err.errno in _MACHINE_ERRNOS else "check the path and its permissions"
+    return kind(f"cannot access `{where}`: {err.strerror}", hint=hint)
+
+
+def _report_error(err: LlamaExportError, arguments: Sequence[str]) -> int:
+    # https://no-color.org: any non-empty value
+    label = "error:" if os.environ.get("NO_COLOR") else click.style("error:", fg="red", bold=True)
+    click.echo(f"{label} {err}", err=True)
+    _print_error(arguments, err.message, details=err.details, hint=err.hint, exit_code=err.exit_code)
+    return err.exit_code
+
+
+def _report_bug(err: Exception, arguments: Sequence[str]) -> int:
+    traceback.print_exception(err)
+    hint = "this is a bug in llama-export: please report it with the output of `llama-export env`"
+    click.echo(f"\n{hint}", err=True)
+    _print_error(arguments, f"{type(err).__name__}: {err}", hint=hint, exit_code=4)
+    return 4
+
+
+def _print_error(
+    arguments: Sequence[str], message: str, *, exit_code: int, details: Mapping[str, str] | None = None, hint: str | None = None
+) -> None:
+    """With ``--json`` an error is a document on stdout too."""
+    if "--json" in arguments and sys.stdout is not None:
+        error = {"message": message, "details": details or {}, "hint": hint, "exit_code": exit_code}
+        click.echo(json.dumps({"error": error}, indent=2, ensure_ascii=False))
 
 
 def _terminate(signum: int, frame: object) -> None:

@@ -105,20 +105,20 @@ class GraphEvaluator:
             name: tensor.to(self.model_dtype) if name in self._float_inputs else tensor for name, tensor in feeds.items()
         }
         for index, node in enumerate(self._graph.node):
-            inputs = [self._lookup(name, values) for name in node.input]
+            inputs = [self._lookup(name, values, node) for name in node.input]
             self._store(node, self._evaluate(node, inputs, observe), values, observe, "")
             for name in node.input:
                 if self._last_use.get(name) == index and name not in self._outputs:
                     values.pop(name, None)
         return {name: values[name] for name in self._outputs}
 
-    def _lookup(self, name: str, values: Mapping[str, Tensor]) -> Tensor | None:
+    def _lookup(self, name: str, values: Mapping[str, Tensor], node: onnx.NodeProto) -> Tensor | None:
         if not name:
             return None
         if name in values:
             return values[name]
         if name not in self._initializers:
-            raise ExportError(f"the graph reads `{name}` before anything defines it")
+            raise ExportError(f"the graph reads `{name}` before anything defines it", details={"node": node.name})
         return self._weight(name)
 
     def _weight(self, name: str) -> Tensor:
@@ -171,20 +171,23 @@ class GraphEvaluator:
                 result = self._evaluate_custom(node, inputs, attributes, observe)
             elif node.op_type in ("Cast", "CastLike"):
                 result = self._cast(node, inputs, **attributes)
+            elif node.domain == "" and node.op_type == "Constant":
+                value = _constant(**attributes)
+                result = value.to(self._float(value.dtype)) if value.is_floating_point() else value
             elif node.domain == "" and node.op_type in _OPERATORS:
                 result = _OPERATORS[node.op_type](*inputs, **attributes)
             else:
                 raise ExportError(
                     f"the evaluator does not implement {node.domain or 'ai.onnx'}::{node.op_type}", details={"node": node.name}
                 )
-        except (TypeError, ValueError, RuntimeError, IndexError) as err:
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as err:
             raise ExportError(
                 f"the evaluator cannot compute {node.op_type}",
                 details={
                     "node": node.name,
                     "inputs": [None if item is None else f"{item.dtype} {list(item.shape)}" for item in inputs],
                     "attributes": attributes,
-                    "reason": err,
+                    "reason": f"{type(err).__name__}: {err}",
                 },
             ) from err
         return result if isinstance(result, tuple) else (result,)
@@ -242,6 +245,17 @@ def _constant(**attributes: Any) -> Tensor:
         return torch.from_numpy(onnx.numpy_helper.to_array(value).copy())
     dtypes = {"value_int": torch.int64, "value_ints": torch.int64, "value_float": torch.float32, "value_floats": torch.float32}
     return torch.tensor(value, dtype=dtypes[name])
+
+
+def _same_type(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """ONNX has no type promotion: a Cast that is missing must not be made up for by PyTorch."""
+
+    def checked(left: Tensor, right: Tensor) -> Tensor:
+        if left.dtype != right.dtype:
+            raise ValueError(f"operands of {left.dtype} and {right.dtype}")
+        return function(left, right)
+
+    return checked
 
 
 def _shape(data: Tensor, start: int = 0, end: int | None = None) -> Tensor:
@@ -347,18 +361,17 @@ def _attention(
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
-    "Add": torch.add,
+    "Add": _same_type(torch.add),
     "Attention": _attention,
     "Concat": lambda *tensors, axis: torch.cat(tensors, dim=axis),
-    "Constant": _constant,
     "Cos": torch.cos,
     "Expand": _expand,
     "Gather": _gather,
     "GatherElements": lambda data, indices, axis=0: torch.gather(data, axis, indices),
     "Identity": lambda data: data,
-    "LessOrEqual": torch.le,
+    "LessOrEqual": _same_type(torch.le),
     "MatMul": torch.matmul,
-    "Mul": torch.mul,
+    "Mul": _same_type(torch.mul),
     "RMSNormalization": _rms_normalization,
     "Range": _range,
     "Reshape": _reshape,

@@ -127,9 +127,10 @@ def print_summary(report: ParityReport, console: Console) -> None:
         return Text(_clean(plain), _STYLES.get(verdict, ""))
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
-    widths = {"stage": min(max((len(stage.name) for stage in report.stages), default=0), 28), "metric": 0}
+    metrics = [stage.tolerance.metric for stage in report.stages if stage.tolerance]
+    widths = {"stage": 0, "metric": min(max(map(len, [*metrics, "metric"])), max(13, console.width // 6))}
     widths |= {"error": 8, "limit": 6, "margin": 14, "verdict": 7}
-    widths["metric"] = max(console.width - sum(widths.values()) - len(widths) + 1, 7)  # this one folds
+    widths["stage"] = max(console.width - sum(widths.values()) - len(widths) + 1, 7)  # both names fold
     for name, width in widths.items():
         right = name in ("error", "limit", "margin")
         table.add_column(name, overflow="fold", justify="right" if right else "left", max_width=width)
@@ -173,7 +174,7 @@ def _margin(stage: Stage) -> str:
         return "not finite"
     if error == 0:
         return "exact"
-    times = ratio if ratio > 1 else 1 / ratio
+    times = ratio if ratio > 1 else 1 / max(ratio, 1e-300)
     text = f"{times:.2g}" if times < 10 else f"{times:.0f}" if times < 1e4 else f"{times:.0e}"
     return "over" if math.isinf(ratio) else f"{text} x {'over' if ratio > 1 else 'inside'}"
 
@@ -184,7 +185,8 @@ def _worst(stage: Stage) -> str:
         return ""
     layer = "" if worst.layer is None else f"layer {worst.layer}, "
     index = ", ".join(map(str, worst.index))
-    return f"{layer}{worst.tensor}[{index}]: got {worst.got:.8g}, want {worst.want:.8g}"
+    digits = 8 if f"{worst.got:.8g}" != f"{worst.want:.8g}" else 17  # float64 stages differ further down
+    return f"{layer}{worst.tensor}[{index}]: got {worst.got:.{digits}g}, want {worst.want:.{digits}g}"
 
 
 def _counts(report: ParityReport) -> dict[str, int]:
@@ -365,7 +367,7 @@ def _plot_series(stage: Stage) -> list[tuple[Markup, str, str]]:
             axes.bar(steps, tops, bottom=floor, width=0.7, color=_INKS["accent"])
         else:
             line = [math.nan if i in odd else heights[i] for i in steps]  # a gap, not a jump
-            axes.plot(steps, line, color=_INKS["accent"], linewidth=1.6, marker="o", markersize=3.2)
+            axes.plot(steps, line, color=_INKS["accent"], linewidth=1.6, marker="o", markersize=3.2, clip_on=False)
         axes.plot(odd, [ceiling] * len(odd), "x", color=_INKS["fail"], clip_on=False)
         for limit in limits:
             axes.axhline(limit, color=_INKS["ink"], linewidth=1.4, linestyle=(0, (5, 3)))
