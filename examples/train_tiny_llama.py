@@ -173,9 +173,7 @@ def is_wanted(path: PurePosixPath) -> bool:
     """Whether a file, by its path below the standard library, is training text."""
     if path.suffix != ".py" or str(path) in SKIPPED_FILES:
         return False
-    return not any(
-        part in SKIPPED_FOLDERS or part.startswith(SKIPPED_PREFIXES) for part in path.parts
-    )
+    return not any(part in SKIPPED_FOLDERS or part.startswith(SKIPPED_PREFIXES) for part in path.parts)
 
 
 def is_held_out(path: str) -> bool:
@@ -202,9 +200,7 @@ def read_corpus(root: Path) -> Corpus:
         if text:
             (held_out if is_held_out(path) else train)[path] = text
     if not train or not held_out:
-        raise Failure(
-            "This Python has no standard library in source form, so there is nothing to train on."
-        )
+        raise Failure("This Python has no standard library in source form, so there is nothing to train on.")
     return Corpus(train, held_out)
 
 
@@ -336,9 +332,7 @@ def new_model() -> LlamaForCausalLM:
     return model
 
 
-def train_model(
-    model: LlamaForCausalLM, stream: np.ndarray, held_out: np.ndarray, steps: int, seed: int
-) -> Curve:
+def train_model(model: LlamaForCausalLM, stream: np.ndarray, held_out: np.ndarray, steps: int, seed: int) -> Curve:
     """Train the model in place and return its loss curve."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     gains = [p for p in model.parameters() if p.ndim < 2]
@@ -473,9 +467,7 @@ def loss_svg(curve: Curve) -> str:
         parts.append(f'<text x="{left - 8}" y="{y(loss) + 4}" text-anchor="end">{loss}</text>')
     for quarter in range(5):
         step = last * quarter // 4
-        parts.append(
-            f'<text x="{x(step)}" y="{height - bottom + 18}" text-anchor="middle">{step}</text>'
-        )
+        parts.append(f'<text x="{x(step)}" y="{height - bottom + 18}" text-anchor="middle">{step}</text>')
     parts += [
         f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">step</text>',
         f'<text x="{left}" y="20">loss, nats per token</text>',
@@ -484,10 +476,7 @@ def loss_svg(curve: Curve) -> str:
         line(curve.train, "#1f77b4"),
         line(curve.held_out, "#d62728"),
     ]
-    parts += [
-        f'<circle cx="{x(step)}" cy="{y(loss)}" r="2.5" fill="#d62728"/>'
-        for step, loss in curve.held_out
-    ]
+    parts += [f'<circle cx="{x(step)}" cy="{y(loss)}" r="2.5" fill="#d62728"/>' for step, loss in curve.held_out]
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -502,8 +491,7 @@ def model_card(record: dict, parameters: int) -> str:
     )
     shape = ARCHITECTURE
     options = "".join(
-        f" --{name} {record[name]}" for name, usual in (("steps", STEPS), ("seed", 0))
-        if record[name] != usual
+        f" --{name} {record[name]}" for name, usual in (("steps", STEPS), ("seed", 0)) if record[name] != usual
     )
     return f"""---
 language: code
@@ -613,9 +601,7 @@ def to_json(record: dict) -> str:
     return head + "\n}\n"
 
 
-def write_folder(
-    folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, record: dict, curve: Curve
-) -> None:
+def write_folder(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, record: dict, curve: Curve) -> None:
     """Write all files of the checkpoint into an empty folder."""
     model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # written for its owner alone
@@ -771,15 +757,9 @@ def main() -> int:
         default=Path(__file__).resolve().parent / "tiny-llama",
         help="folder to write (default: tiny-llama beside this script)",
     )
-    parser.add_argument(
-        "--steps", type=positive, default=STEPS, help="optimiser steps (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of weights and order (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--threads", type=positive, default=2, help="CPU threads for PyTorch (default: %(default)s)"
-    )
+    parser.add_argument("--steps", type=positive, default=STEPS, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and order (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="CPU threads for PyTorch (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.seed < 0:
         parser.error("--seed must not be negative")

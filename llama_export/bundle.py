@@ -68,7 +68,9 @@ class Bundle:
     @property
     def engines(self) -> list[Path]:
         """Engine files that have a sidecar, sorted by name."""
-        return sorted(path for path in (self.folder / ENGINES_NAME).glob("*.engine") if path.with_suffix(".json").is_file())
+        return sorted(
+            path for path in (self.folder / ENGINES_NAME).glob("*.engine") if path.with_suffix(".json").is_file()
+        )
 
 
 def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
@@ -87,7 +89,9 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
         raise ConfigError(
             f"`{folder}` is not a bundle",
             details={"missing": MANIFEST_NAME},
-            hint=f"make one first: llama-export export {folder}" if is_checkpoint else "give the folder that `llama-export export` made",
+            hint=f"make one first: llama-export export {folder}"
+            if is_checkpoint
+            else "give the folder that `llama-export export` made",
         )
     manifest = load_json_object(folder / MANIFEST_NAME)
     if manifest.get("schema_version") != SCHEMA_VERSION:
@@ -98,7 +102,9 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
         )
     try:
         model = dict(manifest["model"])
-        config = LlamaConfig(**{**model, "rope": RopeConfig(**model["rope"]), "eos_token_ids": tuple(model["eos_token_ids"])})
+        config = LlamaConfig(
+            **{**model, "rope": RopeConfig(**model["rope"]), "eos_token_ids": tuple(model["eos_token_ids"])}
+        )
         _check(manifest["dtype"] in DTYPES, f"dtype {manifest['dtype']!r}")
         _check(all(isinstance(token, int) for token in manifest["eos_token_ids"]), "eos_token_ids")
         weights, graphs = list(manifest["weights"]), dict(manifest["functions"])
@@ -106,7 +112,9 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
             check_plain_name(entry["file"], folder / MANIFEST_NAME)
             if not (folder / entry["file"]).is_file():
                 raise ArtifactMismatchError(
-                    f"bundle is incomplete: `{entry['file']}` is missing", details={"bundle": folder}, hint="export again"
+                    f"bundle is incomplete: `{entry['file']}` is missing",
+                    details={"bundle": folder},
+                    hint="export again",
                 )
         if not ignore_hashes:
             _check_config(folder, config)
@@ -116,7 +124,9 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
                 _check_weight_file(folder, entry)
     except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise ConfigError(
-            f"`{MANIFEST_NAME}` lacks a field or holds a wrong one: {err}", details={"file": folder / MANIFEST_NAME}, hint="export again"
+            f"`{MANIFEST_NAME}` lacks a field or holds a wrong one: {err}",
+            details={"file": folder / MANIFEST_NAME},
+            hint="export again",
         ) from err
     return Bundle(folder, manifest, config)
 
@@ -133,7 +143,9 @@ def _check_config(folder: Path, expected: LlamaConfig) -> None:
         return
     got = config_from_dict(data := load_json_object(path), source=str(path), allow_keys=data.keys())
     changed = [
-        field.name for field in dataclasses.fields(LlamaConfig) if getattr(got, field.name) != getattr(expected, field.name)
+        field.name
+        for field in dataclasses.fields(LlamaConfig)
+        if getattr(got, field.name) != getattr(expected, field.name)
     ]
     if changed:
         raise ArtifactMismatchError(
@@ -166,7 +178,9 @@ def _check_hash(folder: Path, name: str, expected: str) -> None:
         got = sha256_of_file(folder / name)
     except OSError as err:
         raise ArtifactMismatchError(
-            f"`{name}` cannot be read", details={"bundle": folder, "reason": err.strerror or err}, hint="check its permissions"
+            f"`{name}` cannot be read",
+            details={"bundle": folder, "reason": err.strerror or err},
+            hint="check its permissions",
         ) from err
     if got != expected:
         raise ArtifactMismatchError(
@@ -183,7 +197,9 @@ def _check_weight_file(folder: Path, entry: Mapping[str, Any]) -> None:
 
     def mismatch(got: object, expected: object) -> ArtifactMismatchError:
         return ArtifactMismatchError(
-            f"`{entry['file']}` changed after the export", details={"bundle": folder, "got": got, "expected": expected}, hint=hint
+            f"`{entry['file']}` changed after the export",
+            details={"bundle": folder, "got": got, "expected": expected},
+            hint=hint,
         )
 
     if file.size != entry["size"]:
@@ -276,7 +292,9 @@ def plan_destination(checkpoint: Checkpoint, output: Path | None, *, force: bool
         return Destination(source, True)
     if output.exists() or output.is_symlink():
         if not output.is_dir() or output.is_symlink():
-            raise ConfigError(f"`{output}` is not a folder", details={"expected": "a folder to be made"}, hint="choose another -o")
+            raise ConfigError(
+                f"`{output}` is not a folder", details={"expected": "a folder to be made"}, hint="choose another -o"
+            )
         if source.resolve().is_relative_to(output.resolve()):
             raise ConfigError(
                 f"`{output}` holds the checkpoint itself",
@@ -286,7 +304,9 @@ def plan_destination(checkpoint: Checkpoint, output: Path | None, *, force: bool
         if any(output.iterdir()):
             if not force:
                 raise ConfigError(
-                    f"output folder `{output}` exists", details={"expected": "a new or empty folder"}, hint="choose another -o, or pass --force"
+                    f"output folder `{output}` exists",
+                    details={"expected": "a new or empty folder"},
+                    hint="choose another -o, or pass --force",
                 )
             if not (output / MANIFEST_NAME).is_file():
                 raise ConfigError(
@@ -315,18 +335,26 @@ def _check_in_place(checkpoint: Checkpoint, force: bool) -> None:
             hint="write the bundle elsewhere: -o BUNDLE",
         )
     if not os.access(folder, os.W_OK):
-        raise ConfigError("the checkpoint's folder is read-only", details={"folder": folder}, hint="write the bundle elsewhere: -o BUNDLE")
+        raise ConfigError(
+            "the checkpoint's folder is read-only",
+            details={"folder": folder},
+            hint="write the bundle elsewhere: -o BUNDLE",
+        )
     found = [name for name in _MARKERS if (folder / name).exists()]
     if found and not force:
         raise ConfigError(
-            f"`{folder}` already holds an export", details={"got": ", ".join(found)}, hint="pass --force to replace it, or -o BUNDLE"
+            f"`{folder}` already holds an export",
+            details={"got": ", ".join(found)},
+            hint="pass --force to replace it, or -o BUNDLE",
         )
 
 
 def no_space(where: Path, got: str, expected: str) -> ToolchainError:
     """The error for a full disk."""
     return ToolchainError(
-        "no space left", details={"where": where, "got": got, "expected": expected}, hint="free some space, or export in place (without -o)"
+        "no space left",
+        details={"where": where, "got": got, "expected": expected},
+        hint="free some space, or export in place (without -o)",
     )
 
 
@@ -436,10 +464,16 @@ def write_error(err: OSError, where: Path) -> ToolchainError | ExportError:
     """A full disk is this machine's fault; anything else names the path and the system's reason."""
     if err.errno in (errno.ENOSPC, errno.EDQUOT):
         return no_space(where, err.strerror or "disk full", "room for the bundle")
-    return ExportError(f"cannot write `{err.filename or where}`", details={"reason": err.strerror or err}, hint="check the path and its permissions")
+    return ExportError(
+        f"cannot write `{err.filename or where}`",
+        details={"reason": err.strerror or err},
+        hint="check the path and its permissions",
+    )
 
 
-def place_files(checkpoint: Checkpoint, staging: Path, weights: WeightsMode, progress: Progress) -> tuple[list[WeightFile], int]:
+def place_files(
+    checkpoint: Checkpoint, staging: Path, weights: WeightsMode, progress: Progress
+) -> tuple[list[WeightFile], int]:
     """Brings the checkpoint's files into ``staging``.
 
     Returns:

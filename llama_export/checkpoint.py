@@ -131,12 +131,17 @@ def read_safetensors_header(path: Path) -> tuple[WeightFile, list[TensorEntry]]:
             header_bytes = int.from_bytes(length_field, "little")
             if header_bytes > min(stat.st_size - 8, _MAX_HEADER_BYTES):
                 raise _bad_file(
-                    path, f"a header of {header_bytes} bytes in a file of {stat.st_size}", "a header that fits the file", hint
+                    path,
+                    f"a header of {header_bytes} bytes in a file of {stat.st_size}",
+                    "a header that fits the file",
+                    hint,
                 )
             raw = stream.read(header_bytes)
     except FileNotFoundError:
         raise CheckpointError(
-            f"weight file `{path.name}` is missing", details={"looked in": path.parent}, hint="download the missing shard"
+            f"weight file `{path.name}` is missing",
+            details={"looked in": path.parent},
+            hint="download the missing shard",
         ) from None
     except OSError as err:
         raise CheckpointError(
@@ -154,9 +159,13 @@ def read_safetensors_header(path: Path) -> tuple[WeightFile, list[TensorEntry]]:
     end = base
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset < end:
-            raise _bad_file(path, f"`{entry.name}` overlapping its neighbour at byte {entry.offset}", "disjoint tensors", hint)
+            raise _bad_file(
+                path, f"`{entry.name}` overlapping its neighbour at byte {entry.offset}", "disjoint tensors", hint
+            )
         if entry.offset > end:
-            raise _bad_file(path, f"{entry.offset - end} unused bytes before `{entry.name}`", "tensors without holes", hint)
+            raise _bad_file(
+                path, f"{entry.offset - end} unused bytes before `{entry.name}`", "tensors without holes", hint
+            )
         end = entry.offset + entry.nbytes
     if end != stat.st_size:
         raise _bad_file(path, f"{stat.st_size} bytes", f"{end} bytes: nothing after the last tensor", hint)
@@ -190,7 +199,9 @@ def _entry(path: Path, name: str, item: Mapping[str, Any], base: int, size: int,
 
 def _bad_file(path: Path, got: str, expected: str, hint: str) -> CheckpointError:
     return CheckpointError(
-        f"`{path.name}` is not a valid safetensors file", details={"file": path, "got": got, "expected": expected}, hint=hint
+        f"`{path.name}` is not a valid safetensors file",
+        details={"file": path, "got": got, "expected": expected},
+        hint=hint,
     )
 
 
@@ -199,15 +210,19 @@ def _check_folder(folder: Path) -> None:
         return
     if folder.exists():
         raise CheckpointError(
-            f"`{folder}` is not a folder", details={"expected": "a Hugging Face checkpoint folder"},
+            f"`{folder}` is not a folder",
+            details={"expected": "a Hugging Face checkpoint folder"},
             hint="give the folder that holds config.json and the *.safetensors files",
         )
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(folder)):
         raise CheckpointError(
-            f"no folder `{folder}`", details={"expected": "a local checkpoint folder"},
+            f"no folder `{folder}`",
+            details={"expected": "a local checkpoint folder"},
             hint=f"a hub id is not downloaded for you: hf download {folder} --local-dir {folder.name}, then export {folder.name}",
         )
-    raise CheckpointError(f"no folder `{folder}`", details={"expected": "a local checkpoint folder"}, hint="check the path")
+    raise CheckpointError(
+        f"no folder `{folder}`", details={"expected": "a local checkpoint folder"}, hint="check the path"
+    )
 
 
 def _weight_file_names(folder: Path) -> list[str]:
@@ -218,11 +233,14 @@ def _weight_file_names(folder: Path) -> list[str]:
         weight_map = load_json_object(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConfigError(
-                f"`{INDEX_NAME}` has no weight_map", details={"file": folder / INDEX_NAME, "expected": '{"weight_map": {tensor: file}}'},
+                f"`{INDEX_NAME}` has no weight_map",
+                details={"file": folder / INDEX_NAME, "expected": '{"weight_map": {tensor: file}}'},
                 hint="restore the index from its source",
             )
         names = sorted({str(name) for name in weight_map.values()})
-        unsafe = [name for name in names if Path(name).name != name or name in ("", ".", "..") or set(name) & {"\\", "\0"}]
+        unsafe = [
+            name for name in names if Path(name).name != name or name in ("", ".", "..") or set(name) & {"\\", "\0"}
+        ]
         if unsafe:
             raise CheckpointError(
                 f"`{INDEX_NAME}` points out of its folder",
@@ -245,7 +263,8 @@ def _weight_file_names(folder: Path) -> list[str]:
             hint="a pickle can run code when it is opened: convert it once with transformers, save_pretrained(folder)",
         )
     raise CheckpointError(
-        "no weights in this folder", details={"folder": folder, "expected": f"{SINGLE_NAME} or {INDEX_NAME}"},
+        "no weights in this folder",
+        details={"folder": folder, "expected": f"{SINGLE_NAME} or {INDEX_NAME}"},
         hint="give the folder that holds config.json and the *.safetensors files",
     )
 
@@ -313,6 +332,8 @@ def resolve_dtype(requested: str, checkpoint: Checkpoint) -> str:
         return checkpoint.config.dtype or checkpoint.stored_dtype
     if requested not in DTYPES:
         raise ConfigError(
-            f"unknown dtype: {requested}", details={"got": requested, "expected": "auto | " + " | ".join(DTYPES)}, hint="choose one of them"
+            f"unknown dtype: {requested}",
+            details={"got": requested, "expected": "auto | " + " | ".join(DTYPES)},
+            hint="choose one of them",
         )
     return requested

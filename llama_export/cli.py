@@ -36,7 +36,9 @@ Exit codes:
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 _PATH = click.Path(path_type=Path)
 _json_flag = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-_ignore_hashes = click.option("--ignore-hashes", is_flag=True, help="Open the bundle although a file differs from the manifest.")
+_ignore_hashes = click.option(
+    "--ignore-hashes", is_flag=True, help="Open the bundle although a file differs from the manifest."
+)
 
 
 @click.group(context_settings=_CONTEXT, epilog=EXIT_CODES)
@@ -47,16 +49,26 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("checkpoint", type=_PATH)
-@click.option("-o", "--output", type=_PATH, help="Folder to make.  [default: write into CHECKPOINT, which becomes the bundle]")
+@click.option(
+    "-o", "--output", type=_PATH, help="Folder to make.  [default: write into CHECKPOINT, which becomes the bundle]"
+)
 @click.option("--task", type=click.Choice(["auto", "causal-lm"]), default="auto", help="Which head to export.")
-@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Compute dtype; auto: the checkpoint's own.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Compute dtype; auto: the checkpoint's own."
+)
 @click.option(
     "--weights", type=click.Choice(["auto", "link", "copy"]), default="auto",
     help="How weight files reach -o: reflink or copy (auto), hard links, copies.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--hash-weights", is_flag=True, help="Record a SHA-256 of every weight file (reads every byte).")
-@click.option("--allow-config-key", "allow_config_keys", multiple=True, metavar="KEY", help="Accept a config.json key that is not read.")
+@click.option(
+    "--allow-config-key",
+    "allow_config_keys",
+    multiple=True,
+    metavar="KEY",
+    help="Accept a config.json key that is not read.",
+)
 @_json_flag
 def export(
     checkpoint: Path, output: Path | None, task: str, dtype: str, weights: Any, force: bool, hash_weights: bool,
@@ -76,9 +88,16 @@ def export(
 
 @cli.command()
 @click.argument("bundle", type=_PATH)
-@click.option("--backend", type=click.Choice(BACKENDS), default="tensorrt-rtx", help="Which TensorRT builds the engine.")
+@click.option(
+    "--backend", type=click.Choice(BACKENDS), default="tensorrt-rtx", help="Which TensorRT builds the engine."
+)
 @click.option("--ops", default="native", help="native: TensorRT's own layers from the ONNX function bodies.")
-@click.option("--max-seq-len", type=int, metavar="TOKENS", help="KV-cache capacity.  [default: min(max_position_embeddings, 4096)]")
+@click.option(
+    "--max-seq-len",
+    type=int,
+    metavar="TOKENS",
+    help="KV-cache capacity.  [default: min(max_position_embeddings, 4096)]",
+)
 @click.option("--max-batch", type=int, default=4, metavar="ROWS", help="Largest batch.")
 @click.option("--tf32", is_flag=True, help="Let float32 matrix products round their inputs to TF32.")
 @click.option("--force", is_flag=True, help="Replace an engine of the same name.")
@@ -92,7 +111,9 @@ def build(
     from llama_export.bundle import load_bundle
     from llama_export.engine import build_engine
 
-    config = EngineConfig(backend=backend, ops=ops, max_seq_len=max_seq_len, max_batch=max_batch, tf32=tf32, force=force)
+    config = EngineConfig(
+        backend=backend, ops=ops, max_seq_len=max_seq_len, max_batch=max_batch, tf32=tf32, force=force
+    )
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
     with _progress("steps") as progress:
         result = build_engine(opened, config, log=_log, progress=progress)
@@ -103,8 +124,15 @@ def build(
 @click.argument("bundle", type=_PATH)
 @click.option("--prompt", help="Text to continue.")
 @click.option("--tokens", metavar="1,2,3", help="Token ids to continue, instead of --prompt.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=64, metavar="TOKENS", help="How many tokens to add at most.")
-@click.option("--max-seq-len", type=click.IntRange(1), metavar="TOKENS", help="KV-cache capacity.  [default: what the request needs]")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=64, metavar="TOKENS", help="How many tokens to add at most."
+)
+@click.option(
+    "--max-seq-len",
+    type=click.IntRange(1),
+    metavar="TOKENS",
+    help="KV-cache capacity.  [default: what the request needs]",
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per core]")
 @_ignore_hashes
 @_json_flag
@@ -150,7 +178,9 @@ def run(
     else:
         _write((stream.finish() if stream is not None and prompt is not None else "") + "\n")
     rate = "" if speed is None else f", decode {speed:.1f} tokens/s"
-    _log(f"run: {len(result.tokens[0])} tokens, prefill {result.prefill_seconds * 1000:.0f} ms{rate}, {session.backend}")
+    _log(
+        f"run: {len(result.tokens[0])} tokens, prefill {result.prefill_seconds * 1000:.0f} ms{rate}, {session.backend}"
+    )
 
 
 def _capacity(prompt: int, new_tokens: int, limit: int) -> int:
@@ -178,7 +208,12 @@ def _token_list(text: str) -> list[int]:
 
 @cli.command()
 @click.argument("bundle", type=_PATH)
-@click.option("--stages", default="", metavar="NAME,...", help="Run only these stages; `onnxruntime` selects onnxruntime/*.  [default: all]")
+@click.option(
+    "--stages",
+    default="",
+    metavar="NAME,...",
+    help="Run only these stages; `onnxruntime` selects onnxruntime/*.  [default: all]",
+)
 @click.option("--require", default="", metavar="NAME,...", help="Fail if one of these did not run.")
 @click.option("--steps", type=click.IntRange(1), default=32, metavar="TOKENS", help="Teacher-forced decode steps.")
 @click.option("--report", type=_PATH, metavar="DIR", help="Where the report goes.  [default: BUNDLE/report]")
@@ -217,13 +252,21 @@ def _names(text: str) -> tuple[str, ...]:
 @cli.command()
 @click.argument("bundle", type=_PATH)
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, metavar="TOKENS", help="Length of the prefill.")
-@click.option("--new-tokens", type=click.IntRange(2), default=64, metavar="TOKENS", help="Decode steps per run, plus one.")
+@click.option(
+    "--new-tokens", type=click.IntRange(2), default=64, metavar="TOKENS", help="Decode steps per run, plus one."
+)
 @click.option("--runs", type=click.IntRange(1), default=5, help="Counted runs, after one warm-up.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per core]")
 @_ignore_hashes
 @_json_flag
 def bench(
-    bundle: Path, prompt_tokens: int, new_tokens: int, runs: int, threads: int | None, ignore_hashes: bool, as_json: bool
+    bundle: Path,
+    prompt_tokens: int,
+    new_tokens: int,
+    runs: int,
+    threads: int | None,
+    ignore_hashes: bool,
+    as_json: bool,
 ) -> None:
     """Time prefill and decode of BUNDLE on onnxruntime (CPU): medians over several runs."""
     import numpy as np
@@ -399,7 +442,12 @@ def _report_bug(err: Exception, arguments: Sequence[str]) -> int:
 
 
 def _print_error(
-    arguments: Sequence[str], message: str, *, exit_code: int, details: Mapping[str, str] | None = None, hint: str | None = None
+    arguments: Sequence[str],
+    message: str,
+    *,
+    exit_code: int,
+    details: Mapping[str, str] | None = None,
+    hint: str | None = None,
 ) -> None:
     """With ``--json`` an error is a document on stdout too."""
     if "--json" in arguments and sys.stdout is not None:

@@ -123,7 +123,9 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         for name in (*_REQUIRED_KEYS, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            _check(_is_int(getattr(self, name)) and getattr(self, name) > 0, name, getattr(self, name), "an integer >= 1")
+            _check(
+                _is_int(getattr(self, name)) and getattr(self, name) > 0, name, getattr(self, name), "an integer >= 1"
+            )
         _check(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (RoPE rotates pairs)")
         _check(
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -131,7 +133,9 @@ class LlamaConfig:
             self.num_key_value_heads,
             f"a divisor of num_attention_heads = {self.num_attention_heads}",
         )
-        _check(_is_number(self.rms_norm_eps) and self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "a number > 0")
+        _check(
+            _is_number(self.rms_norm_eps) and self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "a number > 0"
+        )
         _check(self.hidden_act == "silu", "hidden_act", self.hidden_act, "silu")
         _check(self.dtype is None or self.dtype in DTYPES, "dtype", self.dtype, " | ".join(DTYPES))
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
@@ -206,7 +210,9 @@ def load_config(folder: Path, allow_keys: Collection[str] = ()) -> LlamaConfig:
     Raises:
         ConfigError: the file is missing, is not JSON, or states something this package does not compute.
     """
-    return config_from_dict(load_json_object(folder / "config.json"), source=str(folder / "config.json"), allow_keys=allow_keys)
+    return config_from_dict(
+        load_json_object(folder / "config.json"), source=str(folder / "config.json"), allow_keys=allow_keys
+    )
 
 
 def load_json_object(path: Path) -> dict[str, Any]:
@@ -225,7 +231,9 @@ def load_json_object(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, RecursionError) as err:  # ValueError: not UTF-8, not JSON, an integer of 5000 digits
         raise ConfigError(
-            f"`{path.name}` cannot be read as JSON", details={"file": path, "reason": err}, hint="restore the file from its source"
+            f"`{path.name}` cannot be read as JSON",
+            details={"file": path, "reason": err},
+            hint="restore the file from its source",
         ) from err
     if not isinstance(data, dict):
         raise ConfigError(
@@ -236,7 +244,9 @@ def load_json_object(path: Path) -> dict[str, Any]:
     return data
 
 
-def config_from_dict(data: Mapping[str, Any], *, source: str = "config.json", allow_keys: Collection[str] = ()) -> LlamaConfig:
+def config_from_dict(
+    data: Mapping[str, Any], *, source: str = "config.json", allow_keys: Collection[str] = ()
+) -> LlamaConfig:
     """A validated :class:`LlamaConfig` from the parsed ``config.json``.
 
     Args:
@@ -270,14 +280,18 @@ def config_from_dict(data: Mapping[str, Any], *, source: str = "config.json", al
     unknown = sorted(
         key
         for key, value in data.items()
-        if key not in _READ_KEYS and key not in _HARMLESS_KEYS and key not in allow_keys
-        and not key.startswith("_") and value is not None
+        if key not in _READ_KEYS
+        and key not in _HARMLESS_KEYS
+        and key not in allow_keys
+        and not key.startswith("_")
+        and value is not None
     )
     if unknown:
         raise ConfigError(
             f"`config.json` has keys this exporter does not read: {', '.join(unknown)}",
             details={"file": source, "got": {key: data[key] for key in unknown}},
-            hint="if they do not change the numbers, say so: " + " ".join(f"--allow-config-key {key}" for key in unknown),
+            hint="if they do not change the numbers, say so: "
+            + " ".join(f"--allow-config-key {key}" for key in unknown),
         )
     heads = data["num_attention_heads"]
     head_dim = data.get("head_dim")
@@ -317,14 +331,16 @@ def _rope_from_dict(data: Mapping[str, Any], source: str) -> RopeConfig:
     new, old = data.get("rope_parameters") or {}, data.get("rope_scaling") or {}
     if new and old and {**new, **old} != new:
         raise ConfigError(
-            "`config.json` states its RoPE settings twice", details={"file": source, "rope_parameters": new, "rope_scaling": old},
+            "`config.json` states its RoPE settings twice",
+            details={"file": source, "rope_parameters": new, "rope_scaling": old},
             hint="keep one of them",
         )
     rope = dict(new or old)
     old_type, new_type = rope.pop("type", None), rope.pop("rope_type", None)
     if old_type is not None and new_type is not None and old_type != new_type:
         raise ConfigError(
-            "`config.json` names two RoPE types", details={"file": source, "type": old_type, "rope_type": new_type},
+            "`config.json` names two RoPE types",
+            details={"file": source, "type": old_type, "rope_type": new_type},
             hint="keep rope_type and delete type",
         )
     rope_type = new_type or old_type or "default"
@@ -339,7 +355,8 @@ def _rope_from_dict(data: Mapping[str, Any], source: str) -> RopeConfig:
         theta = data.get("rope_theta", 10000.0)
     elif data.get("rope_theta") is not None and data["rope_theta"] != theta:
         raise ConfigError(
-            "`config.json` states rope_theta twice", details={"file": source, "rope_theta": data["rope_theta"], "inside RoPE": theta},
+            "`config.json` states rope_theta twice",
+            details={"file": source, "rope_theta": data["rope_theta"], "inside RoPE": theta},
             hint="keep one of them",
         )
     _check(_is_number(theta) and theta > 0, "rope_theta", theta, "a number > 0")
@@ -355,7 +372,11 @@ def _rope_from_dict(data: Mapping[str, Any], source: str) -> RopeConfig:
     if set(rope) != expected:
         raise ConfigError(
             f"RoPE settings do not fit rope_type {rope_type}",
-            details={"file": source, "got": ", ".join(sorted(rope)) or "none", "expected": ", ".join(sorted(expected)) or "none"},
+            details={
+                "file": source,
+                "got": ", ".join(sorted(rope)) or "none",
+                "expected": ", ".join(sorted(expected)) or "none",
+            },
             hint="a setting that would be ignored or guessed is refused: correct config.json",
         )
     for key, value in rope.items():

@@ -9,7 +9,17 @@ from pathlib import Path
 from llama_export import __version__
 
 _PACKAGES = (
-    *("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers", "tokenizers", "numpy"),
+    *(
+        "torch",
+        "onnx",
+        "onnx-ir",
+        "onnxscript",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "transformers",
+        "tokenizers",
+        "numpy",
+    ),
     *("tensorrt-rtx-cu13-libs", "tensorrt"),
 )
 

@@ -112,7 +112,9 @@ def export_checkpoint(
     checkpoint = load_checkpoint(folder, config.allow_config_keys)
     dtype = resolve_dtype(config.dtype, checkpoint)
     destination = plan_destination(checkpoint, output, force=config.force, weights=config.weights)
-    log(f"export: {checkpoint.config.num_parameters:,} parameters, {dtype}, {checkpoint.config.num_hidden_layers} layers")
+    log(
+        f"export: {checkpoint.config.num_parameters:,} parameters, {dtype}, {checkpoint.config.num_hidden_layers} layers"
+    )
 
     graph = graph_from_program(trace_program(checkpoint.config, dtype), checkpoint.config)
     models = {
@@ -143,7 +145,9 @@ def export_checkpoint(
             kv_cache={"layout": LAYOUT, "dtype": dtype, "granularity": GRANULARITY},
             generator={"torch": torch.__version__, "onnx": onnx.__version__, "opset": str(ops.OPSET_VERSION)},
             weights=files,
-            weight_hashes={file.name: sha256_of_file(weights_at / file.name) for file in files} if config.hash_weights else {},
+            weight_hashes={file.name: sha256_of_file(weights_at / file.name) for file in files}
+            if config.hash_weights
+            else {},
         )
         (staging / MANIFEST_NAME).write_bytes(json_bytes(manifest))
     seconds = time.perf_counter() - start

@@ -1,6 +1,6 @@
 """Puts the parity table of the last `make demo` into README.md, so that the numbers there come from a command.
 
-    make demo && .venv/bin/python scripts/update_readme.py
+make demo && .venv/bin/python scripts/update_readme.py
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ def parity_table(report: dict[str, object]) -> str:
             error, limit = stage["metrics"]["error"], stage["tolerance"]["value"]
             rows.append(f"| {stage['name']} | {error:.2g} | {limit:.2g} | {stage['verdict']} |")
     environment = report["environment"]
-    rows += ["", "With " + ", ".join(f"{key} {environment[key]}" for key in ("torch", "onnxruntime", "transformers")) + "."]  # type: ignore[index]
+    rows += [
+        "",
+        "With " + ", ".join(f"{key} {environment[key]}" for key in ("torch", "onnxruntime", "transformers")) + ".",
+    ]  # type: ignore[index]
     return "\n".join(rows)
 
 

@@ -30,7 +30,13 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, past: KeyValue, past_length: Tensor
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        past: KeyValue,
+        past_length: Tensor,
     ) -> tuple[Tensor, Tensor, KeyValue]:
         """[B, S, E] twice -> (MLP output, x1, this layer's cache); the layer's output is the sum of the first two."""
         normed, x = self.input_layernorm(hidden_states, residual)

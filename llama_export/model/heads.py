@@ -61,9 +61,7 @@ class LlamaForCausalLM(nn.Module):
     def empty_cache(self, batch_size: int, capacity: int) -> list[KeyValue]:
         """A zeroed cache of L x (key, value), each [B, G, C, D] in the model's dtype."""
         shape, weight = cache_shape(self.config, batch_size, capacity), self.model.norm.weight
-        return [
-            (weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(self.config.num_hidden_layers)
-        ]
+        return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(self.config.num_hidden_layers)]
 
 
 def load_reference(checkpoint: Checkpoint | Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:

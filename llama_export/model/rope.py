@@ -36,7 +36,9 @@ def _llama3_frequencies(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
     context, factor = rope.original_max_position_embeddings, rope.factor
     low, high = rope.low_freq_factor, rope.high_freq_factor
     if context is None or factor is None or low is None or high is None:
-        raise ValueError("llama3 RoPE needs factor, low_freq_factor, high_freq_factor, original_max_position_embeddings")
+        raise ValueError(
+            "llama3 RoPE needs factor, low_freq_factor, high_freq_factor, original_max_position_embeddings"
+        )
     wavelength = 2 * math.pi / inv_freq
     scaled = torch.where(wavelength > context / low, inv_freq / factor, inv_freq)
     smooth = (context / wavelength - low) / (high - low)

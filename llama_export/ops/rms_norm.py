@@ -30,7 +30,9 @@ def rms_norm_fake(hidden_states: Tensor, weight: Tensor, epsilon: float) -> Tens
     return torch.empty_like(hidden_states)
 
 
-def add_rms_norm_eager(hidden_states: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm_eager(
+    hidden_states: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
     """[.., E], [.., E], [E] -> (normed sum, sum)"""
     new_residual = hidden_states + residual
     return rms_norm_eager(new_residual, weight, epsilon), new_residual

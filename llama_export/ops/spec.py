@@ -84,7 +84,9 @@ class OpSpec:
             inputs=[OpSchema.FormalParameter(tensor.name, types[tensor.dtype]) for tensor in self.inputs],
             outputs=[OpSchema.FormalParameter(tensor.name, types[tensor.dtype]) for tensor in self.outputs],
             type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "the model dtype")],
-            attributes=[OpSchema.Attribute(item.name, kinds[item.type], item.doc, required=True) for item in self.attributes],
+            attributes=[
+                OpSchema.Attribute(item.name, kinds[item.type], item.doc, required=True) for item in self.attributes
+            ],
         )
 
     def function_proto(self, target: Target) -> Any:

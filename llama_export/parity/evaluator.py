@@ -102,7 +102,8 @@ class GraphEvaluator:
         if missing:
             raise ExportError("the evaluator lacks graph inputs", details={"missing": ", ".join(missing)})
         values: dict[str, Tensor] = {
-            name: tensor.to(self.model_dtype) if name in self._float_inputs else tensor for name, tensor in feeds.items()
+            name: tensor.to(self.model_dtype) if name in self._float_inputs else tensor
+            for name, tensor in feeds.items()
         }
         for index, node in enumerate(self._graph.node):
             inputs = [self._lookup(name, values, node) for name in node.input]
@@ -156,7 +157,12 @@ class GraphEvaluator:
         return self._dtype
 
     def _store(
-        self, node: onnx.NodeProto, results: Iterable[Tensor], values: dict[str, Tensor], observe: Observer | None, prefix: str
+        self,
+        node: onnx.NodeProto,
+        results: Iterable[Tensor],
+        values: dict[str, Tensor],
+        observe: Observer | None,
+        prefix: str,
     ) -> None:
         for name, result in zip(node.output, results, strict=True):
             if name:
@@ -164,7 +170,9 @@ class GraphEvaluator:
                 if observe is not None:
                     observe(prefix + name, result)
 
-    def _evaluate(self, node: onnx.NodeProto, inputs: list[Tensor | None], observe: Observer | None) -> tuple[Tensor, ...]:
+    def _evaluate(
+        self, node: onnx.NodeProto, inputs: list[Tensor | None], observe: Observer | None
+    ) -> tuple[Tensor, ...]:
         attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
         try:
             if node.domain == DOMAIN:
@@ -178,7 +186,8 @@ class GraphEvaluator:
                 result = _OPERATORS[node.op_type](*inputs, **attributes)
             else:
                 raise ExportError(
-                    f"the evaluator does not implement {node.domain or 'ai.onnx'}::{node.op_type}", details={"node": node.name}
+                    f"the evaluator does not implement {node.domain or 'ai.onnx'}::{node.op_type}",
+                    details={"node": node.name},
                 )
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as err:
             raise ExportError(
@@ -240,10 +249,15 @@ def _present(tensor: Tensor | None) -> Tensor:
 
 def _constant(**attributes: Any) -> Tensor:
     """Constant: exactly one of value, value_int, value_ints, value_float, value_floats."""
-    (name, value), = attributes.items()
+    ((name, value),) = attributes.items()
     if name == "value":
         return torch.from_numpy(onnx.numpy_helper.to_array(value).copy())
-    dtypes = {"value_int": torch.int64, "value_ints": torch.int64, "value_float": torch.float32, "value_floats": torch.float32}
+    dtypes = {
+        "value_int": torch.int64,
+        "value_ints": torch.int64,
+        "value_float": torch.float32,
+        "value_floats": torch.float32,
+    }
     return torch.tensor(value, dtype=dtypes[name])
 
 
@@ -297,7 +311,9 @@ def _range(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
     return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
 
 
-def _rms_normalization(data: Tensor, scale: Tensor, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1) -> Tensor:
+def _rms_normalization(
+    data: Tensor, scale: Tensor, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
+) -> Tensor:
     if axis not in (-1, data.ndim - 1) or stash_type != 1:
         raise ValueError(f"axis {axis}, stash_type {stash_type}: only the last axis and float32 are implemented")
     return rms_norm_eager(data, scale, epsilon)
@@ -310,7 +326,9 @@ def _rotary_embedding(data: Tensor, cos: Tensor, sin: Tensor, interleaved: int =
     return rotate(data, cos, sin)
 
 
-def _tensor_scatter(past: Tensor, update: Tensor, write_indices: Tensor, axis: int = -2, mode: bytes = b"linear") -> Tensor:
+def _tensor_scatter(
+    past: Tensor, update: Tensor, write_indices: Tensor, axis: int = -2, mode: bytes = b"linear"
+) -> Tensor:
     """Writes ``update`` [B, .., S, ..] into a copy of ``past`` from ``write_indices`` [B] on, along ``axis``."""
     if mode != b"linear":
         raise ValueError(f"mode {mode!r}")

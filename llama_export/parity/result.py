@@ -73,9 +73,13 @@ class ParityReport:
 
     @property
     def missing(self) -> list[str]:
-        """Required names of which no stage ran."""
-        ran = [stage.name for stage in self.stages if stage.verdict != "not-run"]
-        return [name for name in self.required if not any(matches(stage, name) for stage in ran)]
+        """Required names of which a stage did not run, or that name none: ``engine`` needs all of ``engine/*``."""
+
+        def ran(name: str) -> bool:
+            found = [stage.verdict for stage in self.stages if matches(stage.name, name)]
+            return bool(found) and "not-run" not in found
+
+        return [name for name in self.required if not ran(name)]
 
     @property
     def verdict(self) -> Literal["pass", "fail"]:

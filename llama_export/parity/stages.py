@@ -86,7 +86,9 @@ class ValidateConfig:
     """Of the token sequences."""
 
 
-def validate_bundle(bundle: Bundle, config: ValidateConfig | None = None, *, log: Callable[[str], None] = lambda line: None) -> ParityReport:
+def validate_bundle(
+    bundle: Bundle, config: ValidateConfig | None = None, *, log: Callable[[str], None] = lambda line: None
+) -> ParityReport:
     """Runs every selected stage and reports.
 
     Raises:
@@ -97,7 +99,9 @@ def validate_bundle(bundle: Bundle, config: ValidateConfig | None = None, *, log
     for selector in (*config.stages, *config.require):
         if not any(matches(name, selector) for name in STAGES):
             raise ConfigError(
-                f"no stage `{selector}`", details={"got": selector, "expected": ", ".join(STAGES)}, hint="a name, or the part before its slash"
+                f"no stage `{selector}`",
+                details={"got": selector, "expected": ", ".join(STAGES)},
+                hint="a name, or the part before its slash",
             )
     stages = []
     for name, run in STAGES.items():
@@ -110,12 +114,25 @@ def validate_bundle(bundle: Bundle, config: ValidateConfig | None = None, *, log
     return ParityReport(
         stages=tuple(stages),
         required=config.require,
-        environment={**environment(), "command": f"llama-export validate {bundle.folder} --steps {config.steps}"},
-        hashes={"graph": bundle.manifest["graph_sha256"], **{path.name: sha256_of_file(path) for path in bundle.engines}},
-        model={"task": bundle.manifest["task"], "dtype": bundle.dtype, **bundle.manifest["model"]},
+        environment={**environment(), "command": f"llama-export validate {_name(bundle)} --steps {config.steps}"},
+        hashes={
+            "graph": bundle.manifest["graph_sha256"],
+            **{path.name: sha256_of_file(path) for path in bundle.engines},
+        },
+        model={
+            "name": _name(bundle),
+            "task": bundle.manifest["task"],
+            "dtype": bundle.dtype,
+            **bundle.manifest["model"],
+        },
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         deviations=DEVIATIONS,
     )
+
+
+def _name(bundle: Bundle) -> str:
+    """The folder's own name: a report travels, the path to the bundle does not."""
+    return bundle.folder.resolve().name
 
 
 def _run_stage(name: str, run: Callable[[Validator], Stage | list[Stage]], validator: Validator) -> list[Stage]:
@@ -216,7 +233,14 @@ class Validator:
 
 
 def _judge(
-    name: str, found: Difference, *, limit: float, why: str, reason: str, series: Mapping[str, Sequence[float]] | None = None, **metrics: Any
+    name: str,
+    found: Difference,
+    *,
+    limit: float,
+    why: str,
+    reason: str,
+    series: Mapping[str, Sequence[float]] | None = None,
+    **metrics: Any,
 ) -> Stage:
     """A verdict on one relative error."""
     ok = found.nonfinite == 0 and found.relative <= limit
@@ -238,11 +262,11 @@ def _judge(
     )
 
 
-def _per_step(got: Any, want: Any, prompt: int) -> dict[str, list[float]]:
-    """Error of each decode step as a share of the largest logit of the whole run."""
+def _per_step(got: Any, want: Any, prompt: int, label: str = "error per decode step") -> dict[str, list[float]]:
+    """Largest error of each decode step as a share of the largest logit of the whole run."""
     largest = float(np.abs(want).max()) or 1.0
     errors = np.abs(np.asarray(got, np.float64) - np.asarray(want, np.float64)).max(-1) / largest
-    return {"error per decode step": [float(error) for error in errors[prompt:]]}
+    return {label: [float(error) for error in errors[prompt:]]}
 
 
 def _cache_pairs(validator: Validator, got: Session, want: Session) -> list[tuple[str, Any, Any]]:
@@ -265,7 +289,9 @@ def reference_transformers(v: Validator) -> Stage:
     )  # fmt: skip
 
 
-def _graph_stage(name: str, path: Callable[[Bundle], Path], custom_ops: CustomOps, what: str) -> Callable[[Validator], Stage]:
+def _graph_stage(
+    name: str, path: Callable[[Bundle], Path], custom_ops: CustomOps, what: str
+) -> Callable[[Validator], Stage]:
     def run(v: Validator) -> Stage:
         evaluator = GraphEvaluator(path(v.bundle), dtype=torch.float64, custom_ops=custom_ops)
         got = evaluator_session(evaluator, v.llama, max_seq_len=v.capacity, batch_size=2)
@@ -273,7 +299,9 @@ def _graph_stage(name: str, path: Callable[[Bundle], Path], custom_ops: CustomOp
         pairs: list[tuple[str, Any, Any]] = []
         # Ragged on purpose: rows of different length, a chunk after a prefill, then single tokens.
         lengths = (v.prompt, max(1, v.prompt // 2))
-        tokens = np.stack([np.asarray(v.ids[: v.prompt + 7]), np.asarray(v.random_ids(v.prompt + 7, v.config.seed + 1))])
+        tokens = np.stack(
+            [np.asarray(v.ids[: v.prompt + 7]), np.asarray(v.random_ids(v.prompt + 7, v.config.seed + 1))]
+        )
         for label, begin, end, valid in (
             ("prefill", 0, v.prompt, lengths),
             ("chunk", v.prompt, v.prompt + 5, (5, 3)),
@@ -322,7 +350,9 @@ def onnxruntime_cache(v: Validator) -> Stage:
     names = [past for past, _ in cache_names(v.llama.num_hidden_layers)]
     stray = sum(int(np.count_nonzero(got.cache_array(name)[:, :, length:])) for name in names)
     per_layer = [
-        difference([(name, got.cache_array(name)[:, :, :length], want.cache_array(name)[:, :, :length]) for name in pair]).relative
+        difference(
+            [(name, got.cache_array(name)[:, :, :length], want.cache_array(name)[:, :, :length]) for name in pair]
+        ).relative
         for pair in zip(names[::2], names[1::2], strict=True)
     ]
     stage = _judge(
@@ -330,7 +360,11 @@ def onnxruntime_cache(v: Validator) -> Stage:
         series={"error per layer": per_layer},
         reason=f"keys and values of all layers after {length} tokens against the reference; nothing written past them",
     )  # fmt: skip
-    return stage if stray == 0 else replace(stage, verdict="fail", reason=f"{stray} cache entries past the valid length were written")
+    return (
+        stage
+        if stray == 0
+        else replace(stage, verdict="fail", reason=f"{stray} cache entries past the valid length were written")
+    )
 
 
 def onnxruntime_chunked(v: Validator) -> Stage:
@@ -387,7 +421,9 @@ def onnxruntime_greedy(v: Validator) -> Stage:
     capacity = max(map(len, prompts)) + new_tokens
     equal, ties, worst_gap = 0, 0, 0.0
     for prompt in prompts:
-        chosen = generate(OnnxRuntimeSession(v.bundle, max_seq_len=capacity), [prompt], max_new_tokens=new_tokens).tokens[0]
+        chosen = generate(
+            OnnxRuntimeSession(v.bundle, max_seq_len=capacity), [prompt], max_new_tokens=new_tokens
+        ).tokens[0]
         reference = reference_session(v.reference32, max_seq_len=capacity)
         index = np.arange(len(prompt) - 1, len(prompt) + new_tokens - 1)[None]
         logits = reference.step([prompt + chosen[:-1]], logits_index=index)[0]
@@ -468,7 +504,8 @@ def _noise_stage(dtype: str) -> Callable[[Validator], Stage]:
             },
             tolerance=Tolerance(value=1.0, metric="error", why=NOISE_WHY),
             worst=found.worst,
-            series=_per_step(got, v.want64, v.prompt),
+            # Not the verdict's metric, so under another name: the limit line of the plots belongs to `error`.
+            series=_per_step(got, v.want64, v.prompt, "relative maximum per decode step"),
         )  # fmt: skip
 
     return run

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_export.errors import ShapeError
-from llama_export.runtime.session import OnnxRuntimeSession
+from llama_export.runtime.session import OnnxRuntimeSession, check_token_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,8 @@ def generate(
         on_token: called with (row, token) as soon as a token is known.
 
     Raises:
-        ShapeError: an empty prompt, or prompt plus new tokens beyond the cache's capacity.
+        ShapeError: an empty prompt, a token id outside the vocabulary, or prompt plus new tokens beyond the cache's
+            capacity.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1 or max_new_tokens < 1:
@@ -63,9 +64,15 @@ def generate(
     if needed > session.capacity:
         raise ShapeError(
             f"prompt and new tokens need a cache of {needed} tokens, this one holds {session.capacity}",
-            details={"prompt": f"{max(lengths)} tokens", "max_new_tokens": max_new_tokens, "kv_cache_capacity": session.capacity},
+            details={
+                "prompt": f"{max(lengths)} tokens",
+                "max_new_tokens": max_new_tokens,
+                "kv_cache_capacity": session.capacity,
+            },
             hint="raise --max-seq-len, shorten the prompt, or lower --max-new-tokens",
         )
+    for prompt in prompts:
+        check_token_ids(prompt, session.config.vocab_size)
     session.reset()
     padded = np.zeros((len(prompts), max(lengths)), np.int64)
     for row, prompt in enumerate(prompts):
@@ -91,4 +98,6 @@ def generate(
         latest = take(session.step(latest[:, None]))
         steps += 1
     done = time.perf_counter()
-    return Generation(tokens=tokens, prefill_seconds=first_done - start, decode_seconds=done - first_done, decode_steps=steps)
+    return Generation(
+        tokens=tokens, prefill_seconds=first_done - start, decode_seconds=done - first_done, decode_steps=steps
+    )

@@ -63,7 +63,7 @@ class OnnxRuntimeSession:
             self._session = onnxruntime.InferenceSession(
                 str(bundle.onnxruntime_path), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as err:  # noqa: BLE001 - onnxruntime raises its own bare classes
+        except Exception as err:
             raise ToolchainError(
                 "onnxruntime cannot open this bundle",
                 details={"file": bundle.onnxruntime_path, "onnxruntime": onnxruntime.__version__, "reason": err},
@@ -116,7 +116,8 @@ class OnnxRuntimeSession:
         ids: Int64Array = np.ascontiguousarray(input_ids, np.int64)
         if ids.ndim != 2 or ids.shape[0] != self.batch_size or ids.shape[1] < 1:
             raise ShapeError(
-                "input_ids has the wrong shape", details={"got": list(ids.shape), "expected": f"[{self.batch_size}, S >= 1]"}
+                "input_ids has the wrong shape",
+                details={"got": list(ids.shape), "expected": f"[{self.batch_size}, S >= 1]"},
             )
         check_token_ids(ids, self.config.vocab_size)
         new_tokens = ids.shape[1]
@@ -124,19 +125,26 @@ class OnnxRuntimeSession:
         lengths: Int64Array = np.ascontiguousarray(valid, np.int64)
         if lengths.shape != (self.batch_size,) or lengths.min() < 1 or lengths.max() > new_tokens:
             raise ShapeError(
-                "sequence_length is out of range", details={"got": lengths.tolist(), "expected": f"{self.batch_size} values in 1..{new_tokens}"}
+                "sequence_length is out of range",
+                details={"got": lengths.tolist(), "expected": f"{self.batch_size} values in 1..{new_tokens}"},
             )
         if int(self.past_length.max()) + new_tokens > self.capacity:
             raise ShapeError(
                 f"the cache holds {self.capacity} tokens, the request needs {int(self.past_length.max()) + new_tokens}",
-                details={"past_length": self.past_length.tolist(), "new tokens": new_tokens, "kv_cache_capacity": self.capacity},
+                details={
+                    "past_length": self.past_length.tolist(),
+                    "new tokens": new_tokens,
+                    "kv_cache_capacity": self.capacity,
+                },
                 hint="raise --max-seq-len, or shorten the prompt",
             )
         wanted = lengths[:, None] - 1 if logits_index is None else np.asarray(logits_index)
         index: Int64Array = np.ascontiguousarray(wanted, np.int64)
-        if index.ndim != 2 or index.shape[0] != self.batch_size or index.min() < 0 or index.max() >= new_tokens:
+        fits = index.ndim == 2 and index.shape[0] == self.batch_size and index.size > 0
+        if not fits or index.min() < 0 or index.max() >= new_tokens:
             raise ShapeError(
-                "logits_index is out of range", details={"got": index.tolist(), "expected": f"[{self.batch_size}, N] of 0..{new_tokens - 1}"}
+                "logits_index is out of range",
+                details={"got": index.tolist(), "expected": f"[{self.batch_size}, N >= 1] of 0..{new_tokens - 1}"},
             )
         feeds = {"input_ids": ids, "past_length": self.past_length, "sequence_length": lengths, "logits_index": index}
         for name, array in feeds.items():
@@ -158,13 +166,14 @@ class OnnxRuntimeSession:
         return array
 
 
-def check_token_ids(ids: Int64Array, vocab_size: int) -> None:
-    """Refuses what an embedding lookup would read out of bounds.
+def check_token_ids(ids: Int64Array | Sequence[int], vocab_size: int) -> None:
+    """Refuses what an embedding lookup would read out of bounds, and integers that no tensor could hold.
 
     Raises:
         ShapeError: a negative id, or one at or past the vocabulary's size.
     """
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    values = ids if isinstance(ids, np.ndarray) else np.asarray(ids, dtype=object)
+    outside = values[((values < 0) | (values >= vocab_size)).astype(bool)]
     if outside.size:
         raise ShapeError(
             f"token id {int(outside[0])} is outside the vocabulary",

@@ -25,11 +25,13 @@ class TextCodec:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(
-                "`tokenizer.json` is missing", details={"looked in": folder}, hint="give token ids instead: --tokens 1,2,3"
+                "`tokenizer.json` is missing",
+                details={"looked in": folder},
+                hint="give token ids instead: --tokens 1,2,3",
             )
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as err:  # noqa: BLE001 - the tokenizers library raises bare Exception
+        except Exception as err:
             raise ConfigError("`tokenizer.json` cannot be read", details={"file": path, "reason": err}) from err
 
     def encode(self, text: str) -> list[int]:
@@ -50,28 +52,37 @@ class TextCodec:
 class TextStream:
     """Turns tokens into pieces of text as they come, never cutting a UTF-8 character in two.
 
+    A piece is what a new token adds to the text of the last few tokens, which are decoded again with it because spacing
+    depends on them. For well-formed text the pieces join to exactly what decoding all tokens at once gives. A byte
+    fallback decoder (Llama 2) may judge a malformed run of bytes anew with every byte; what is out stays out.
+
     Args:
-        tokenizer: a ``tokenizers.Tokenizer``, whose ``DecodeStream`` keeps the context that spacing depends on.
+        tokenizer: a ``tokenizers.Tokenizer``.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        from tokenizers.decoders import DecodeStream
-
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._shown: list[int] = []
+        """The tokens of the last piece: the context of the next one."""
         self._pending: list[int] = []
+        """Tokens since then, whose text is not certain yet."""
 
     def push(self, token: int) -> str:
         """The new text that is certain after this token; empty while a character is incomplete."""
         self._pending.append(token)
-        piece: str | None = self._stream.step(self._tokenizer, token)
-        if piece is None:
+        piece = self._new_text()
+        if not piece or piece.endswith("\ufffd"):
             return ""
-        self._pending.clear()
+        self._shown, self._pending = self._pending, []
         return piece
 
     def finish(self) -> str:
         """What is left when no token follows: U+FFFD for bytes that never became a character."""
-        rest: str = self._tokenizer.decode(self._pending, skip_special_tokens=True)
-        self._pending.clear()
-        return rest
+        piece = self._new_text()
+        self._shown, self._pending = self._pending, []
+        return piece
+
+    def _new_text(self) -> str:
+        before: str = self._tokenizer.decode(self._shown, skip_special_tokens=True)
+        after: str = self._tokenizer.decode(self._shown + self._pending, skip_special_tokens=True)
+        return after[len(before) :]
