@@ -19,10 +19,16 @@ import numpy as np
 
 from llama_export.config import LlamaConfig, config_from_dict, expected_tensors
 
-_STORED = {"float32": ("F32", np.dtype(np.float32)), "float16": ("F16", np.dtype(np.float16)), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
+_STORED = {
+    "float32": ("F32", np.dtype(np.float32)),
+    "float16": ("F16", np.dtype(np.float16)),
+    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+}
 
 
-def write_random_checkpoint(folder: Path, config: dict[str, object], *, dtype: str = "float32", seed: int = 0) -> LlamaConfig:
+def write_random_checkpoint(
+    folder: Path, config: dict[str, object], *, dtype: str = "float32", seed: int = 0
+) -> LlamaConfig:
     """Writes ``config.json`` and one ``model.safetensors`` of the given dtype."""
     folder.mkdir(parents=True, exist_ok=True)
     data = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": dtype, **config}
@@ -41,7 +47,9 @@ def write_random_checkpoint(folder: Path, config: dict[str, object], *, dtype: s
         stream.write(len(raw).to_bytes(8, "little") + raw)
         for name, shape in expected_tensors(parsed).items():
             is_norm = name.endswith("norm.weight")
-            values = np.ones(shape, np.float32) if is_norm else rng.standard_normal(shape, np.float32) * np.float32(0.02)
+            values = (
+                np.ones(shape, np.float32) if is_norm else rng.standard_normal(shape, np.float32) * np.float32(0.02)
+            )
             stream.write(values.astype(numpy_dtype).tobytes())
     return parsed
 

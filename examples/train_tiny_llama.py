@@ -321,7 +321,7 @@ def new_model() -> LlamaForCausalLM:
 
     The embedding is twice as wide again, because every layer reads it through a norm; the two projections that write
     to the residual stream are narrower by the square root of their number, so that the stream does not grow with depth.
-    Chosen by short runs: after 500 steps the held-out loss was 4.21 nats per token, against 4.41 with 0.06 throughout.
+    Chosen by short runs: after 500 steps the held-out loss was 4.21 nats per token, against 4.25 with 0.06 throughout.
     """
     model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE))
     with torch.no_grad():

@@ -160,9 +160,13 @@ def run(
         _log(f"run: {session.note}")
     stream = codec.stream() if codec is not None else None
 
+    comma = ""
+
     def show(_: int, token: int) -> None:
+        nonlocal comma
         if not as_json:
-            _write(stream.push(token) if stream is not None and prompt is not None else f"{token},")
+            _write(stream.push(token) if stream is not None and prompt is not None else f"{comma}{token}")
+            comma = ","
 
     result = generate(
         session, [ids], max_new_tokens=max_new_tokens, stop_tokens=opened.manifest["eos_token_ids"], on_token=show

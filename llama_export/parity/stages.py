@@ -58,6 +58,10 @@ NOISE_WHY = (
     f"at most {NOISE_L2:g} x of it in relative L2 and {NOISE_MAX:g} x in the maximum"
 )
 GREEDY_TOKENS = 64
+_MIN_PROMPT = 8
+"""Tokens; fewer cannot be cut into chunks and rows of different length."""
+_APPENDED = 8
+"""Tokens that the stages with a fixed schedule append to the prompt at most, whatever ``--steps`` says."""
 _PROMPTS = ("def ", "import os\n", "class ", "The ", "    return ")
 DEVIATIONS = (
     "RoPE: cos and sin stay float32 and the rotation is rounded once; Hugging Face rounds cos and sin to the model dtype first. "
@@ -116,14 +120,14 @@ def validate_bundle(
         required=config.require,
         environment={**environment(), "command": f"llama-export validate {_name(bundle)} --steps {config.steps}"},
         hashes={
-            "graph": bundle.manifest["graph_sha256"],
+            "graph": sha256_of_file(bundle.model_path),
             **{path.name: sha256_of_file(path) for path in bundle.engines},
         },
         model={
+            **bundle.manifest["model"],  # its dtype is what config.json states; the bundle's own may differ
             "name": _name(bundle),
             "task": bundle.manifest["task"],
             "dtype": bundle.dtype,
-            **bundle.manifest["model"],
         },
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         deviations=DEVIATIONS,
@@ -158,14 +162,23 @@ class Validator:
         self.config = config
         self.llama = bundle.config
         context = self.llama.max_position_embeddings
-        if config.steps < 1 or context < config.steps + 4:
+        if (
+            config.steps < 1
+            or config.prompt_tokens < _MIN_PROMPT
+            or context < _MIN_PROMPT + max(config.steps, _APPENDED)
+        ):
             raise ConfigError(
-                f"{config.steps} decode steps do not fit a context of {context} tokens",
-                details={"steps": config.steps, "max_position_embeddings": context},
+                f"a prompt and {config.steps} decode steps do not fit a context of {context} tokens",
+                details={
+                    "steps": config.steps,
+                    "prompt": f"{config.prompt_tokens} tokens, at least {_MIN_PROMPT}",
+                    "max_position_embeddings": context,
+                },
                 hint="choose another --steps",
             )
-        self.prompt = min(config.prompt_tokens, context - config.steps)
-        self.capacity = min(self.prompt + config.steps + 16, context)
+        appended = max(config.steps, _APPENDED)
+        self.prompt = min(config.prompt_tokens, context - appended)
+        self.capacity = min(self.prompt + appended + 16, context)
         self.ids: list[int] = self.random_ids(self.prompt + config.steps, config.seed)
 
     def random_ids(self, count: int, seed: int) -> list[int]:
@@ -299,9 +312,7 @@ def _graph_stage(
         pairs: list[tuple[str, Any, Any]] = []
         # Ragged on purpose: rows of different length, a chunk after a prefill, then single tokens.
         lengths = (v.prompt, max(1, v.prompt // 2))
-        tokens = np.stack(
-            [np.asarray(v.ids[: v.prompt + 7]), np.asarray(v.random_ids(v.prompt + 7, v.config.seed + 1))]
-        )
+        tokens = np.stack([v.random_ids(v.prompt + 7, v.config.seed + row) for row in range(2)])
         for label, begin, end, valid in (
             ("prefill", 0, v.prompt, lengths),
             ("chunk", v.prompt, v.prompt + 5, (5, 3)),
@@ -412,13 +423,14 @@ def onnxruntime_ragged(v: Validator) -> Stage:
 
 def onnxruntime_greedy(v: Validator) -> Stage:
     """Greedy tokens are the reference's own first choice at every step."""
-    new_tokens = min(GREEDY_TOKENS, v.llama.max_position_embeddings - 32)
     try:
         codec = TextCodec(v.bundle.folder)
         prompts = [codec.encode(text) for text in _PROMPTS]
     except ConfigError:
         prompts = [v.random_ids(4 + row, v.config.seed + 20 + row) for row in range(5)]
-    capacity = max(map(len, prompts)) + new_tokens
+    longest = max(map(len, prompts))
+    new_tokens = max(1, min(GREEDY_TOKENS, v.llama.max_position_embeddings - longest))
+    capacity = longest + new_tokens
     equal, ties, worst_gap = 0, 0, 0.0
     for prompt in prompts:
         chosen = generate(
@@ -428,6 +440,7 @@ def onnxruntime_greedy(v: Validator) -> Stage:
         index = np.arange(len(prompt) - 1, len(prompt) + new_tokens - 1)[None]
         logits = reference.step([prompt + chosen[:-1]], logits_index=index)[0]
         gaps = (logits.max(-1) - logits[np.arange(new_tokens), chosen]) / np.abs(logits).max()
+        gaps = np.where(np.isfinite(gaps), gaps, np.inf)  # a NaN would be smaller than any limit
         equal += int(not gaps.any())
         ties += int(((gaps > 0) & (gaps <= 2 * FLOAT32_LIMIT)).sum())
         worst_gap = max(worst_gap, float(gaps.max()))
@@ -490,6 +503,10 @@ def _noise_stage(dtype: str) -> Callable[[Validator], Stage]:
         evaluator = GraphEvaluator(v.bundle.model_path, dtype=torch_dtype)
         got = trajectory(evaluator_session(evaluator, v.llama, max_seq_len=v.capacity), v.ids, v.prompt)
         found, noise = difference([("logits", got, v.want64)]), difference([("logits", noise_logits, v.want64)])
+        if noise.nonfinite and (not found.nonfinite or dtype != v.bundle.dtype):
+            raise NotRun(
+                f"transformers' own model gives {noise.nonfinite} logits that are not finite in {dtype}: no noise floor"
+            )
         l2_ratio = found.relative_l2 / noise.relative_l2 if noise.relative_l2 else float("inf")
         max_ratio = found.max_abs / noise.max_abs if noise.max_abs else float("inf")
         # One number for the verdict: the share of its own allowance that the worse of the two uses up.
@@ -545,13 +562,15 @@ def engine_execution(v: Validator) -> list[Stage]:
         if blocker is not None:
             stages.append(Stage(name=name, verdict="not-run", reason=blocker))
             continue
-        got = trajectory(EngineSession(v.bundle, path), v.ids, v.prompt)
+        ids = v.ids[: facts.kv_cache_capacity]  # an engine may hold fewer tokens than the other stages use
+        prompt = min(v.prompt, len(ids) - 1)
+        got, want = trajectory(EngineSession(v.bundle, path), ids, prompt), v.want64[: len(ids)]
         limit = {"float32": FLOAT32_LIMIT, "float16": 1e-2, "bfloat16": 8e-2}[v.bundle.dtype]
         stages.append(
             _judge(
-                name, difference([("logits", got, v.want64)]), limit=limit, series=_per_step(got, v.want64, v.prompt),
+                name, difference([("logits", got, want)]), limit=limit, series=_per_step(got, want, prompt),
                 why="8 to 10 units in the last place of the dtype (2^-24, 2^-11, 2^-8), relative to the largest logit",
-                reason=f"prefill of {v.prompt} and {v.config.steps} decode steps on the GPU against the float64 reference",
+                reason=f"prefill of {prompt} and {len(ids) - prompt} decode steps on the GPU against the float64 reference",
             )
         )  # fmt: skip
     return stages

@@ -112,6 +112,7 @@ class OnnxRuntimeSession:
 
         Raises:
             ShapeError: another batch, a token id outside the vocabulary, or more tokens than the cache can hold.
+            ToolchainError: onnxruntime cannot compute the graph; its message is attached.
         """
         ids: Int64Array = np.ascontiguousarray(input_ids, np.int64)
         if ids.ndim != 2 or ids.shape[0] != self.batch_size or ids.shape[1] < 1:
@@ -150,7 +151,14 @@ class OnnxRuntimeSession:
         for name, array in feeds.items():
             self._binding.bind_cpu_input(name, array)
         self._binding.bind_output("logits", "cpu")
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as err:
+            raise ToolchainError(
+                "onnxruntime cannot run this bundle",
+                details={"inputs": {name: list(array.shape) for name, array in feeds.items()}, "reason": err},
+                hint="`llama-export validate` names the stage that breaks; else export again",
+            ) from err
         self.past_length += lengths
         logits: Float32Array = self._binding.get_outputs()[-1].numpy()
         return logits

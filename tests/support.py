@@ -1,0 +1,136 @@
+"""What several test files share: runs of the command line in-process, comparison of folders, handmade safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from llama_export import export
+from llama_export.cli import main
+
+Snapshot = dict[str, tuple[object, ...]]
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+"""Hypothesis on a busy machine; fixtures are only read by the tests that use both."""
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I8": 1}
+
+
+def snapshot(folder: Path) -> Snapshot:
+    """Everything below a folder: kind, link target, content, size and modification time of files."""
+    found: Snapshot = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = ("link", str(path.readlink()))
+        elif path.is_dir():
+            found[name] = ("folder",)
+        else:
+            stat = path.stat()
+            found[name] = ("file", stat.st_size, stat.st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+    return found
+
+
+def check_refused(
+    capsys: pytest.CaptureFixture[str], root: Path, argv: Sequence[object], *parts: str, exit_code: int = 2
+) -> str:
+    """Runs the command line: it must stop with ``exit_code``, say every one of ``parts`` and a hint, and change nothing
+    below ``root``. Returns what it printed on stderr."""
+    before = snapshot(root)
+    code = main([str(argument) for argument in argv])
+    captured = capsys.readouterr()
+    assert code == exit_code, captured.err
+    first = captured.err.splitlines()[0]
+    assert first.startswith(("error: ", "export: ")), captured.err
+    for part in parts:
+        assert part in captured.err
+    assert "\nhint: " in captured.err
+    assert len(captured.err.split("\nhint: ")[1].strip()) > 5
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert snapshot(root) == before
+    return captured.err
+
+
+def check_export_refused(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, *parts: str, options: Sequence[str] = ()
+) -> None:
+    """``export`` of a bad checkpoint, into another folder and in place."""
+    root = checkpoint.parent
+    check_refused(capsys, root, ["export", checkpoint, "-o", root / "out", *options], *parts)
+    check_refused(capsys, root, ["export", checkpoint, *options], *parts)
+
+
+def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets exports of one config share one trace, which is most of what a tiny export costs. The graph is read-only."""
+
+    def graph_from_program(program: tuple[Any, str], config: Any) -> Any:
+        key = (config, program[1])
+        if key not in _graphs:
+            _graphs[key] = _graph_from_program(_trace_program(*program), config)
+        return _graphs[key]
+
+    monkeypatch.setattr(export, "trace_program", lambda config, dtype: (config, dtype))
+    monkeypatch.setattr(export, "graph_from_program", graph_from_program)
+
+
+_graphs: dict[Any, Any] = {}
+_trace_program, _graph_from_program = export.trace_program, export.graph_from_program
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a file, as the format describes them."""
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:end]), raw[end:]
+
+
+def write_safetensors(path: Path, header: Mapping[str, Any] | bytes, data: bytes, *, length: int | None = None) -> None:
+    """A file with any header, true or not; ``length`` overrides the length field."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(raw) if length is None else length).to_bytes(8, "little") + raw + data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, tuple[str, Sequence[int], bytes]]) -> None:
+    """A valid file of name -> (dtype, shape, content)."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, (dtype, shape, content) in tensors.items():
+        assert len(content) == math.prod(shape) * _ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    write_safetensors(path, header, data)
+
+
+def read_tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """The inverse of :func:`write_tensors`."""
+    header, data = read_safetensors(path)
+    header.pop("__metadata__", None)
+    return {name: (item["dtype"], item["shape"], data[slice(*item["data_offsets"])]) for name, item in header.items()}
+
+
+def split_in_shards(checkpoint: Path, parts: int = 2) -> list[Path]:
+    """Rewrites ``model.safetensors`` as numbered shards and an index, as Hugging Face names them."""
+    tensors = read_tensors(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    names, weight_map, paths = list(tensors), {}, []
+    for part in range(parts):
+        file = f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
+        held = names[len(names) * part // parts : len(names) * (part + 1) // parts]
+        write_tensors(checkpoint / file, {name: tensors[name] for name in held})
+        weight_map |= dict.fromkeys(held, file)
+        paths.append(checkpoint / file)
+    total = sum(len(content) for _, _, content in tensors.values())
+    write_index(checkpoint, weight_map, total)
+    return paths
+
+
+def write_index(checkpoint: Path, weight_map: object, total: int = 0) -> None:
+    """``model.safetensors.index.json`` with any map."""
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -1,0 +1,527 @@
+"""A checkpoint folder is opened only if every tensor its config implies is there, once, whole and of the right shape."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import MakeCheckpoint, edit_json
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from support import (
+    check_export_refused,
+    check_refused,
+    patient,
+    read_safetensors,
+    read_tensors,
+    split_in_shards,
+    write_index,
+    write_safetensors,
+    write_tensors,
+)
+
+from llama_export.checkpoint import load_checkpoint, read_safetensors_header, resolve_dtype
+from llama_export.config import expected_tensors, load_config
+from llama_export.errors import CheckpointError, ConfigError
+
+Capture = pytest.CaptureFixture[str]
+Tensors = dict[str, tuple[str, list[int], bytes]]
+FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
+LAST = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def edit_tensors(make_checkpoint: MakeCheckpoint) -> Callable[..., Path]:
+    """``edit_tensors(change, **config)`` -> a checkpoint whose dict of tensors ``change`` has modified."""
+
+    def edit(change: Callable[[Tensors], object], **config: Any) -> Path:
+        checkpoint = make_checkpoint(**config)
+        tensors = read_tensors(checkpoint / FILE)
+        change(tensors)
+        write_tensors(checkpoint / FILE, tensors)
+        return checkpoint
+
+    return edit
+
+
+@pytest.fixture
+def edit_header(make_checkpoint: MakeCheckpoint) -> Callable[..., Path]:
+    """``edit_header(change)`` -> a checkpoint whose safetensors header ``change`` has modified; the data stays."""
+
+    def edit(change: Callable[[dict[str, Any]], object]) -> Path:
+        checkpoint = make_checkpoint()
+        header, data = read_safetensors(checkpoint / FILE)
+        change(header)
+        write_safetensors(checkpoint / FILE, header, data)
+        return checkpoint
+
+    return edit
+
+
+# ---- what is read -----------------------------------------------------------------------------------------------
+
+
+def test_entries_point_at_the_bytes_that_safetensors_reads(tiny_checkpoint: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    want = load_file(tiny_checkpoint / FILE)
+    raw = (tiny_checkpoint / FILE).read_bytes()
+    assert list(checkpoint.tensors) == list(expected_tensors(checkpoint.config))
+    for name, entry in checkpoint.tensors.items():
+        got = np.frombuffer(raw[entry.offset : entry.offset + entry.nbytes], np.float32).reshape(entry.shape)
+        np.testing.assert_array_equal(got, want[name])
+    assert (
+        checkpoint.weight_bytes == sum(array.nbytes for array in want.values()) == 4 * checkpoint.config.num_parameters
+    )
+
+
+def test_file_that_the_safetensors_library_wrote_is_read(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = make_checkpoint()
+    arrays = load_file(checkpoint / FILE)
+    (checkpoint / FILE).unlink()
+    save_file(dict(reversed(arrays.items())), checkpoint / FILE, metadata={"format": "pt"})
+    raw = (checkpoint / FILE).read_bytes()
+    for name, entry in load_checkpoint(checkpoint).tensors.items():
+        assert raw[entry.offset : entry.offset + entry.nbytes] == arrays[name].tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_auto_dtype_is_the_stated_one_else_the_stored_one(dtype: str, make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(dtype=dtype)
+    assert load_checkpoint(folder).stored_dtype == dtype
+    assert resolve_dtype("auto", load_checkpoint(folder)) == dtype
+    edit_json(folder / "config.json", dtype=...)
+    assert resolve_dtype("auto", load_checkpoint(folder)) == dtype
+    edit_json(folder / "config.json", torch_dtype="bfloat16")
+    assert resolve_dtype("auto", load_checkpoint(folder)) == "bfloat16"
+    assert resolve_dtype("float16", load_checkpoint(folder)) == "float16"
+    with pytest.raises(ConfigError, match="unknown dtype: float64") as caught:
+        resolve_dtype("float64", load_checkpoint(folder))
+    assert caught.value.details["expected"] == "auto | float32 | float16 | bfloat16"
+
+
+def test_shards_hold_the_same_tensors_as_one_file(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint()
+    whole = read_tensors(folder / FILE)
+    shards = split_in_shards(folder, 3)
+    checkpoint = load_checkpoint(folder)
+    assert [file.name for file in checkpoint.files] == [shard.name for shard in shards]
+    assert {entry.file for entry in checkpoint.tensors.values()} == {shard.name for shard in shards}
+    for name, entry in checkpoint.tensors.items():
+        raw = (folder / entry.file).read_bytes()
+        assert raw[entry.offset : entry.offset + entry.nbytes] == whole[name][2]
+
+
+def test_single_file_is_taken_where_an_index_exists_too_as_transformers_does(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint()
+    shutil.copy(folder / FILE, folder / "keep")
+    split_in_shards(folder)
+    (folder / "keep").rename(folder / FILE)
+    assert [file.name for file in load_checkpoint(folder).files] == [FILE]
+
+
+def test_old_rotary_buffers_are_accepted_and_left_out(edit_tensors: Callable[..., Path]) -> None:
+    def add(tensors: Tensors) -> None:
+        for layer in range(2):
+            tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = ("F32", [8], bytes(32))
+
+    checkpoint = load_checkpoint(edit_tensors(add))
+    assert not [name for name in checkpoint.tensors if "inv_freq" in name]
+
+
+def test_identical_copy_of_a_tied_head_is_accepted_and_left_out(edit_tensors: Callable[..., Path]) -> None:
+    folder = edit_tensors(
+        lambda tensors: tensors.__setitem__("lm_head.weight", tensors[EMBEDDING]), tie_word_embeddings=True
+    )
+    assert "lm_head.weight" not in load_checkpoint(folder).tensors
+
+
+def test_shard_that_holds_only_a_tied_copy_still_belongs_to_the_checkpoint(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint(tie_word_embeddings=True)
+    split_in_shards(folder)
+    first = read_tensors(folder / "model-00001-of-00002.safetensors")
+    write_tensors(folder / "head.safetensors", {"lm_head.weight": first[EMBEDDING]})
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    write_index(folder, {**weight_map, "lm_head.weight": "head.safetensors"})
+    # The index goes into the bundle, so every file it names must.
+    assert "head.safetensors" in [file.name for file in load_checkpoint(folder).files]
+
+
+# ---- no weights -------------------------------------------------------------------------------------------------
+
+
+def test_folder_that_does_not_exist_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    missing = tmp_path / "nothing" / "here"
+    check_refused(capsys, tmp_path, ["export", missing], f"no folder `{missing}`", "hint: check the path")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "./llama", "a/b/c"])
+def test_relative_path_is_not_taken_for_a_hub_id(
+    name: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_refused(capsys, tmp_path, ["export", name], "no folder", "hint: check the path")
+
+
+def test_hub_id_gets_the_command_that_downloads_it(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_refused(
+        capsys, tmp_path, ["export", "meta-llama/Llama-3.2-1B"], "no folder `meta-llama/Llama-3.2-1B`",
+        "hf download meta-llama/Llama-3.2-1B --local-dir Llama-3.2-1B, then export Llama-3.2-1B",
+    )  # fmt: skip
+
+
+def test_file_given_as_checkpoint_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: Capture) -> None:
+    file = make_checkpoint() / FILE
+    check_refused(capsys, tmp_path, ["export", file], f"`{file}` is not a folder", "a Hugging Face checkpoint folder")
+
+
+def test_folder_without_weights_is_refused(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint()
+    (checkpoint / FILE).unlink()
+    check_export_refused(capsys, checkpoint, "no weights in this folder", str(checkpoint), FILE, INDEX)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt", "last.ckpt", "weights.pkl"])
+def test_pickle_only_checkpoint_is_refused_unopened(
+    name: str, make_checkpoint: MakeCheckpoint, capsys: Capture
+) -> None:
+    checkpoint = make_checkpoint()
+    (checkpoint / FILE).unlink()
+    # Unpickling this raises: it names a function that does not exist.
+    (checkpoint / name).write_bytes(b"cno_such_module\nrun\n(tR.")
+    check_export_refused(capsys, checkpoint, "holds pickle files only", name, "*.safetensors", "can run code")
+
+
+# ---- broken files -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 100, 0.5, -4, -1], ids=str)
+def test_truncated_file_is_refused(keep: float, make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint()
+    size = (checkpoint / FILE).stat().st_size
+    rest = int(size * keep) if isinstance(keep, float) else keep % size
+    with (checkpoint / FILE).open("r+b") as stream:
+        stream.truncate(rest)
+    check_export_refused(capsys, checkpoint, str(checkpoint / FILE), str(rest), "download the file again")
+
+
+@patient
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_no_cut_goes_unnoticed(share: float, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    raw = (tiny_checkpoint / FILE).read_bytes()
+    cut = tmp_path_factory.getbasetemp() / "cut.safetensors"
+    cut.write_bytes(raw[: int(len(raw) * share)])
+    with pytest.raises(CheckpointError) as caught:
+        read_safetensors_header(cut)
+    assert str(int(len(raw) * share)) in str(caught.value)
+    assert caught.value.hint is not None
+    assert "download the file again" in caught.value.hint
+
+
+def test_truncation_names_the_tensor_and_both_sizes(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint()
+    size = (checkpoint / FILE).stat().st_size
+    with (checkpoint / FILE).open("r+b") as stream:
+        stream.truncate(size - 2)
+    check_export_refused(
+        capsys, checkpoint, "weight file `model.safetensors` is truncated", "lm_head.weight", f"{size - 2} bytes",
+        f"at least {size} bytes",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1 << 63, (1 << 64) - 1, 1 << 40, 100_000_001], ids=hex)
+def test_absurd_header_length_is_refused_without_allocating_it(
+    length: int, tiny_checkpoint: Path, make_checkpoint: MakeCheckpoint, capsys: Capture
+) -> None:
+    checkpoint = make_checkpoint()
+    write_safetensors(checkpoint / FILE, b"{}", bytes(1000), length=length)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError):
+        read_safetensors_header(checkpoint / FILE)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    check_export_refused(
+        capsys, checkpoint, f"a header of {length} bytes in a file of 1010", "a header that fits the file"
+    )
+
+
+def test_header_beyond_the_formats_limit_is_refused_though_the_file_is_as_large(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "huge.safetensors"
+    write_safetensors(path, b"{}", b"", length=100_000_001)
+    with path.open("r+b") as stream:
+        stream.truncate(200_000_000)  # sparse
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="100000001 bytes in a file of 200000000"):
+        read_safetensors_header(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json", b"[]", b'"text"', b"\xff\xfe", b"{" * 50, b'{"a": 1}', b'{"a": []}', b'{"a": {}}', b"[" * 100_000,
+        b'{"a": {"dtype": "F32", "shape": 4, "data_offsets": [0, 16]}}',
+        b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0]}}',
+        b'{"a": {"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}}',
+        b'{"a": {"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]}}',
+        b'{"a": {"dtype": "F32", "shape": ["4"], "data_offsets": [0, 16]}}',
+        b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [' + b"9" * 5000 + b", 16]}}",
+    ],
+)  # fmt: skip
+def test_header_that_is_not_safetensors_is_refused(
+    header: bytes, make_checkpoint: MakeCheckpoint, capsys: Capture
+) -> None:
+    checkpoint = make_checkpoint()
+    write_safetensors(checkpoint / FILE, header, bytes(16))
+    check_export_refused(
+        capsys, checkpoint, "`model.safetensors` is not a valid safetensors file", str(checkpoint / FILE), "expected: "
+    )
+
+
+def move(name: str, begin: int, end: int) -> Callable[[dict[str, Any]], None]:
+    """Adds to both offsets of a tensor."""
+
+    def change(header: dict[str, Any]) -> None:
+        offsets = header[name]["data_offsets"]
+        header[name]["data_offsets"] = [offsets[0] + begin, offsets[1] + end]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (move(LAST, -4, -4), [f"`{LAST}` overlapping its neighbour"]),
+        (move("lm_head.weight", -(10**9), -(10**9)), ["non-negative integers", "lm_head.weight"]),
+        (move("lm_head.weight", 4, 4), ["truncated", "lm_head.weight", "bytes"]),
+        (move("lm_head.weight", 0, -4), ["`lm_head.weight` of 27932 bytes", "27936 bytes for float32 [97, 72]"]),
+        (move("lm_head.weight", 27936, 0), ["`lm_head.weight` of 0 bytes", "27936 bytes for float32 [97, 72]"]),
+        (move("lm_head.weight", 1 << 70, 1 << 70), ["truncated", str((1 << 70) + 27936)[:6]]),
+        (lambda header: header.pop(LAST), [" unused bytes before ", "tensors without holes"]),
+        (lambda header: header.pop("lm_head.weight"), ["nothing after the last tensor", "bytes"]),
+    ],
+    ids=["overlap", "negative", "past-the-end", "short", "reversed", "huge", "hole", "rest"],
+)
+def test_offsets_that_do_not_tile_the_file_are_refused(
+    change: Callable[[dict[str, Any]], object], parts: list[str], edit_header: Callable[..., Path], capsys: Capture
+) -> None:
+    checkpoint = edit_header(change)
+    check_export_refused(capsys, checkpoint, "model.safetensors", str(checkpoint / FILE), *parts)
+
+
+def test_two_tensors_on_the_same_bytes_are_refused(edit_header: Callable[..., Path], capsys: Capture) -> None:
+    up, gate = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"
+
+    def share(header: dict[str, Any]) -> None:
+        header[up]["data_offsets"] = header[gate]["data_offsets"]
+
+    check_export_refused(capsys, edit_header(share), "overlapping its neighbour at byte", "disjoint tensors")
+
+
+@patient
+@given(seed=st.integers(0, 2**32), edits=st.integers(1, 6))
+def test_damaged_header_is_refused_or_stays_inside_the_file(
+    seed: int, edits: int, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rng = random.Random(seed)
+    raw = bytearray((tiny_checkpoint / FILE).read_bytes())
+    header_end = 8 + int.from_bytes(raw[:8], "little")
+    for _ in range(edits):
+        raw[rng.randrange(header_end)] = rng.choice(b'0123456789"[]{},:-eFBI \x00\xff')
+    damaged = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    damaged.write_bytes(raw)
+    try:
+        file, entries = read_safetensors_header(damaged)
+    except CheckpointError:
+        return
+    assert sum(entry.nbytes for entry in entries) < file.size
+    assert all(0 < entry.offset <= entry.offset + entry.nbytes <= file.size for entry in entries)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("I8", 1), ("I64", 8), ("F64", 8), ("F8_E4M3", 1), ("U8", 1)])
+def test_dtype_that_is_not_exported_is_refused(
+    dtype: str, width: int, edit_header: Callable[..., Path], capsys: Capture
+) -> None:
+    def retype(header: dict[str, Any]) -> None:
+        begin, end = header[LAST]["data_offsets"]
+        header[LAST] = {"dtype": dtype, "shape": [(end - begin) // width], "data_offsets": [begin, end]}
+
+    check_export_refused(
+        capsys,
+        edit_header(retype),
+        f"tensor `{LAST}` has dtype {dtype}",
+        "expected: F32 | F16 | BF16",
+        "original float",
+    )
+
+
+def test_folder_in_place_of_a_shard_is_refused(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint()
+    shard = split_in_shards(checkpoint)[1]
+    shard.unlink()
+    shard.mkdir()
+    check_export_refused(capsys, checkpoint, f"weight file `{shard.name}` cannot be read", "Is a directory", str(shard))
+
+
+# ---- the index --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.safetensors", "/etc/hostname", "sub/model.safetensors", "..", ".", "", "a\\b.safetensors", "a\0b"],
+    ids=repr,
+)
+def test_index_that_points_out_of_its_folder_is_refused(
+    name: str, make_checkpoint: MakeCheckpoint, capsys: Capture
+) -> None:
+    checkpoint = make_checkpoint()
+    split_in_shards(checkpoint)
+    weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
+    write_index(checkpoint, {**weight_map, LAST: name})
+    check_export_refused(
+        capsys, checkpoint, f"`{INDEX}` points out of its folder", name, "plain file names", str(checkpoint / INDEX)
+    )
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "pytorch_model.bin"])
+def test_index_that_names_another_kind_of_file_is_refused(
+    name: str, make_checkpoint: MakeCheckpoint, capsys: Capture
+) -> None:
+    checkpoint = make_checkpoint()
+    split_in_shards(checkpoint)
+    weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
+    write_index(checkpoint, {**weight_map, LAST: name})
+    check_export_refused(capsys, checkpoint, "not safetensors", f"got:      {name}", "expected: *.safetensors")
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, [FILE], "x"], ids=repr)
+def test_index_without_a_map_is_refused(weight_map: Any, make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint()
+    split_in_shards(checkpoint)
+    write_index(checkpoint, weight_map)
+    check_export_refused(capsys, checkpoint, f"`{INDEX}` has no weight_map", '{"weight_map": {tensor: file}}')
+
+
+def test_missing_shard_is_refused(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint()
+    shard = split_in_shards(checkpoint)[1]
+    shard.unlink()
+    check_export_refused(capsys, checkpoint, f"weight file `{shard.name}` is missing", str(checkpoint), "missing shard")
+
+
+def test_tensor_stored_in_two_shards_is_refused(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint()
+    first, second = split_in_shards(checkpoint)
+    tensors = read_tensors(first)
+    write_tensors(second, {**read_tensors(second), EMBEDDING: tensors[EMBEDDING]})
+    check_export_refused(
+        capsys, checkpoint, f"tensor `{EMBEDDING}` is stored twice", f"first:  {first.name}", f"second: {second.name}"
+    )
+
+
+# ---- the tensors against the config -----------------------------------------------------------------------------
+
+
+def test_missing_unexpected_and_mis_shaped_tensors_are_all_listed(
+    edit_tensors: Callable[..., Path], capsys: Capture
+) -> None:
+    def change(tensors: Tensors) -> None:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.2.mlp.up_proj.weight"] = ("F32", [3], bytes(12))
+        tensors["model.layers.0.self_attn.q_proj.bias"] = ("F32", [96], bytes(384))
+        tensors["model.norm.weight"] = ("F32", [71], bytes(284))
+
+    check_export_refused(
+        capsys, edit_tensors(change), "checkpoint does not match its config: 1 missing, 2 unexpected, 1 mis-shaped",
+        "missing:    model.layers.1.mlp.up_proj.weight",
+        "unexpected: model.layers.0.self_attn.q_proj.bias, model.layers.2.mlp.up_proj.weight",
+        "mis-shaped: model.norm.weight: got [71], expected [72]",
+        "num_hidden_layers: 2, hidden_size: 72, tie_word_embeddings: false",
+    )  # fmt: skip
+
+
+def test_more_layers_in_the_config_than_stored_are_refused(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint()
+    edit_json(checkpoint / "config.json", num_hidden_layers=3)
+    check_export_refused(
+        capsys, checkpoint, "9 missing, 0 unexpected, 0 mis-shaped", "model.layers.2.input_layernorm.weight",
+        "and 3 more", "num_hidden_layers: 3",
+    )  # fmt: skip
+
+
+def test_fewer_layers_in_the_config_than_stored_are_refused(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint()
+    edit_json(checkpoint / "config.json", num_hidden_layers=1)
+    check_export_refused(capsys, checkpoint, "0 missing, 9 unexpected, 0 mis-shaped", "model.layers.1.", "and 3 more")
+
+
+def test_swapped_key_and_query_heads_are_refused(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint()
+    edit_json(checkpoint / "config.json", num_key_value_heads=6)
+    check_export_refused(
+        capsys, checkpoint, "0 missing, 0 unexpected, 4 mis-shaped",
+        "model.layers.0.self_attn.k_proj.weight: got [32, 72], expected [96, 72]",
+    )  # fmt: skip
+
+
+def test_missing_biases_are_listed(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint()
+    edit_json(checkpoint / "config.json", mlp_bias=True)
+    check_export_refused(capsys, checkpoint, "6 missing, 0 unexpected", "model.layers.0.mlp.gate_proj.bias")
+
+
+def test_untied_config_needs_a_stored_head(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint(tie_word_embeddings=True)
+    edit_json(checkpoint / "config.json", tie_word_embeddings=False)
+    check_export_refused(capsys, checkpoint, "1 missing", "lm_head.weight", "tie_word_embeddings: false")
+
+
+@pytest.mark.parametrize("where", [0, 13_000, -1], ids=["first-byte", "middle", "last-byte"])
+def test_tied_embeddings_with_a_stored_head_that_differs_are_refused(
+    where: int, edit_tensors: Callable[..., Path], capsys: Capture
+) -> None:
+    def add(tensors: Tensors) -> None:
+        dtype, shape, content = tensors[EMBEDDING]
+        other = bytearray(content)
+        other[where] ^= 1
+        tensors["lm_head.weight"] = (dtype, shape, bytes(other))
+
+    checkpoint = edit_tensors(add, tie_word_embeddings=True)
+    check_export_refused(
+        capsys, checkpoint, "`lm_head.weight` is stored and differs from `model.embed_tokens.weight`", str(checkpoint),
+        "set tie_word_embeddings to false",
+    )  # fmt: skip
+
+
+def test_tied_head_of_another_shape_is_refused(edit_tensors: Callable[..., Path], capsys: Capture) -> None:
+    checkpoint = edit_tensors(
+        lambda tensors: tensors.__setitem__("lm_head.weight", ("F32", [1, 72], bytes(288))), tie_word_embeddings=True
+    )
+    check_export_refused(capsys, checkpoint, "tie_word_embeddings is true", "differs")
+
+
+def test_nothing_is_written_while_a_checkpoint_is_opened(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint()
+    before = {path.name: path.stat() for path in folder.iterdir()}
+    load_checkpoint(folder)
+    load_config(folder)
+    after = {path.name: path.stat() for path in folder.iterdir()}
+    assert {name: (stat.st_size, stat.st_mtime_ns) for name, stat in before.items()} == {
+        name: (stat.st_size, stat.st_mtime_ns) for name, stat in after.items()
+    }

@@ -1,0 +1,515 @@
+"""The onnxruntime session, greedy generation and streamed text."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from llama_export.bundle import Bundle, load_bundle
+from llama_export.errors import ConfigError, LlamaExportError, ShapeError, ToolchainError
+from llama_export.export import export_checkpoint
+from llama_export.model import load_reference
+from llama_export.parity.sessions import reference_session
+from llama_export.runtime import OnnxRuntimeSession, TextCodec, generate
+from llama_export.runtime.text import TextStream
+
+V = TINY["vocab_size"]
+LIMIT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundles: dict[str, Bundle]) -> Bundle:
+    return tiny_bundles["float32"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Bundle]:
+    """Hugging Face's model and its bundle; random weights large enough that greedy tokens are not near ties."""
+    folder = tmp_path_factory.mktemp("runtime") / "checkpoint"
+    model = oracles.huggingface_llama(folder, seed=8, **TINY)
+    export_checkpoint(folder)
+    return model, load_bundle(folder)
+
+
+def random_ids(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, V, shape)
+
+
+def share(got: np.ndarray, want: np.ndarray) -> float:
+    """Error as a share of the largest wanted value."""
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+# ---- in place ---------------------------------------------------------------------------------------------------
+
+
+def test_present_is_returned_at_the_address_of_past(bundle: Bundle) -> None:
+    session = OnnxRuntimeSession(bundle, max_seq_len=16, batch_size=2)
+    bound = {name: value.data_ptr() for name, value in session.cache.items()}
+    assert len(set(bound.values())) == 2 * TINY["num_hidden_layers"]
+    for ids in (random_ids(2, 5), random_ids(2, 1), random_ids(2, 3)):
+        session.step(ids)
+        assert session.output_addresses() == bound
+    session.reset()
+    session.step(random_ids(2, 2))
+    assert session.output_addresses() == bound
+
+
+_IN_PLACE = """
+import sys
+import numpy as np, onnxruntime
+from pathlib import Path
+
+class Loud(onnxruntime.SessionOptions):  # the session asks for errors only: hear its warnings
+    log_severity_level = property(lambda self: 2, lambda self, value: None)
+
+onnxruntime.SessionOptions = Loud
+onnxruntime.set_default_logger_severity(2)
+from llama_export.bundle import load_bundle
+from llama_export.runtime import OnnxRuntimeSession
+
+session = OnnxRuntimeSession(load_bundle(Path(sys.argv[1])), max_seq_len=16)
+session.step([[1, 2, 3]])
+session.step([[4]])
+print("UNBOUND", file=sys.stderr, flush=True)
+one = np.array([1])
+cache = {name: session.cache_array(name).copy() for name in session.cache}
+feeds = {"input_ids": one[None], "past_length": one, "sequence_length": one, "logits_index": one[None] * 0}
+session._session.run(None, {**feeds, **cache})
+"""
+
+
+def test_onnxruntime_does_not_report_a_copy_of_the_cache(bundle: Bundle) -> None:
+    """TensorScatter warns when it copies. The same graph, run unbound, warns: the silence before means something."""
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_PLACE, str(bundle.folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    ours, control = done.stderr.split("UNBOUND")
+    warning = "in-place optimization not activated"
+    assert control.count(warning) == 2 * TINY["num_hidden_layers"], control
+    assert warning not in ours, ours
+
+
+def test_a_step_changes_its_own_slots_and_nothing_else(bundle: Bundle) -> None:
+    session = OnnxRuntimeSession(bundle, max_seq_len=20, batch_size=2)
+    session.step(random_ids(2, 6), sequence_length=[6, 2])
+    before = {name: session.cache_array(name).copy() for name in session.cache}
+    session.step(random_ids(2, 3, seed=1), sequence_length=[3, 1])
+    written = np.zeros((2, 20), bool)
+    written[0, 6:9] = written[1, 2:5] = True
+    for name, old in before.items():
+        changed = (session.cache_array(name) != old).any(-1)  # [B, G, C]
+        np.testing.assert_array_equal(changed, np.broadcast_to(written[:, None], changed.shape), err_msg=name)
+    assert session.past_length.tolist() == [9, 3]
+
+
+# ---- the same numbers, however the tokens arrive ----------------------------------------------------------------
+
+
+def test_prefill_chunks_and_decode_are_the_reference(trained: tuple[Any, Bundle]) -> None:
+    _, bundle = trained
+    ids = random_ids(1, 20)
+    reference = reference_session(load_reference(bundle.folder), max_seq_len=24)
+    whole = OnnxRuntimeSession(bundle, max_seq_len=24)
+    want = reference.step(ids, logits_index=np.arange(20)[None])
+    got = whole.step(ids, logits_index=np.arange(20)[None])
+    assert share(got, want) < LIMIT, share(got, want)
+
+    parts = OnnxRuntimeSession(bundle, max_seq_len=24)
+    edges = [0, 7, 8, 13, *range(14, 21)]
+    pieces = [
+        parts.step(ids[:, begin:end], logits_index=np.arange(end - begin)[None])
+        for begin, end in itertools.pairwise(edges)
+    ]
+    joined = np.concatenate(pieces, 1)
+    assert share(joined, got) < LIMIT, share(joined, got)
+    for name in whole.cache:
+        error = share(parts.cache_array(name), whole.cache_array(name))
+        assert error < LIMIT, f"{name}: {error:.3g}"
+        error = share(whole.cache_array(name), reference.cache_array(name))
+        assert error < LIMIT, f"{name} against the reference: {error:.3g}"
+
+
+def test_every_row_of_a_ragged_batch_equals_the_row_alone(trained: tuple[Any, Bundle]) -> None:
+    _, bundle = trained
+    lengths, ids, more = [9, 4, 1], random_ids(3, 9, seed=2), random_ids(3, 5, seed=3)
+    batch = OnnxRuntimeSession(bundle, max_seq_len=20, batch_size=3)
+    got = [batch.step(ids, sequence_length=lengths), *(batch.step(more[:, at : at + 1]) for at in range(5))]
+    for row, length in enumerate(lengths):
+        alone = OnnxRuntimeSession(bundle, max_seq_len=20)
+        want = [
+            alone.step(ids[row : row + 1, :length]),
+            *(alone.step(more[row : row + 1, at : at + 1]) for at in range(5)),
+        ]
+        for step, (left, right) in enumerate(zip(got, want, strict=True)):
+            error = share(left[row], right[0])
+            assert error < LIMIT, f"row {row}, step {step}: {error:.3g}"
+
+
+def test_what_stands_in_the_padding_does_not_matter(trained: tuple[Any, Bundle]) -> None:
+    _, bundle = trained
+    first, second = (OnnxRuntimeSession(bundle, max_seq_len=12, batch_size=2) for _ in range(2))
+    ids = random_ids(2, 6, seed=4)
+    other = ids.copy()
+    other[0, 4:], other[1, 1:] = 5, 50
+    for step, (left, right) in enumerate([(ids, other), (ids[:, :1], ids[:, :1])]):
+        lengths = [4, 1] if step == 0 else None
+        logits = [session.step(tokens, sequence_length=lengths) for session, tokens in ((first, left), (second, right))]
+        np.testing.assert_array_equal(*logits, err_msg=f"step {step}")
+
+
+def test_a_reset_session_equals_a_new_one(trained: tuple[Any, Bundle]) -> None:
+    """What an earlier request left in the buffers is never seen."""
+    _, bundle = trained
+    used, new = (OnnxRuntimeSession(bundle, max_seq_len=16) for _ in range(2))
+    used.step(random_ids(1, 16, seed=5))
+    used.reset()
+    for ids in (random_ids(1, 3), random_ids(1, 1)):
+        error = share(used.step(ids), new.step(ids))
+        assert error < 1e-6, error
+
+
+def test_logits_index_picks_positions(bundle: Bundle) -> None:
+    ids = random_ids(2, 5)
+
+    def run(**options: Any) -> np.ndarray:
+        return OnnxRuntimeSession(bundle, max_seq_len=8, batch_size=2).step(ids, **options)
+
+    full = run(logits_index=np.arange(5)[None].repeat(2, 0))
+    assert full.shape == (2, 5, V)
+    picked = run(logits_index=[[4, 0], [2, 2]])
+    assert share(picked, np.stack([full[0, [4, 0]], full[1, [2, 2]]])) < 1e-6
+    last_valid = run(sequence_length=[5, 2])
+    assert last_valid.shape == (2, 1, V)
+    assert share(last_valid[:, 0], np.stack([full[0, 4], full[1, 1]])) < 1e-6
+
+
+# ---- 16 bits ----------------------------------------------------------------------------------------------------
+
+
+def test_a_16_bit_bundle_runs_in_float32_and_says_so(tiny_bundles: dict[str, Bundle], tiny_checkpoint: Path) -> None:
+    want = reference_session(load_reference(tiny_checkpoint), max_seq_len=8).step([[3, 1, 4]])
+    for dtype, bundle in tiny_bundles.items():
+        session = OnnxRuntimeSession(bundle, max_seq_len=8)
+        got = session.step([[3, 1, 4]])
+        assert got.dtype == np.float32
+        assert {session.cache_array(name).dtype for name in session.cache} == {np.dtype(np.float32)}
+        assert share(got, want) < LIMIT, f"{dtype}: {share(got, want):.3g}"
+        if dtype == "float32":
+            assert session.note is None
+        else:
+            assert session.note is not None
+            assert dtype in session.note
+            assert "float32" in session.note
+
+
+def test_a_16_bit_checkpoint_is_widened_exactly(make_checkpoint: Callable[..., Path]) -> None:
+    folder = make_checkpoint(dtype="bfloat16")
+    export_checkpoint(folder)
+    want = reference_session(load_reference(folder, torch.float32), max_seq_len=8).step([[3, 1, 4]])
+    got = OnnxRuntimeSession(load_bundle(folder), max_seq_len=8).step([[3, 1, 4]])
+    assert share(got, want) < LIMIT, share(got, want)
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------
+
+BAD_STEPS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "another batch": ([[1, 2]], {}, "input_ids has the wrong shape"),
+    "no token": (np.zeros((2, 0), np.int64), {}, "input_ids has the wrong shape"),
+    "one axis": ([1, 2], {}, "input_ids has the wrong shape"),
+    "a negative token": ([[1, 2], [3, -1]], {}, "token id -1 is outside the vocabulary"),
+    "a token past the vocabulary": ([[1, 2], [V, 0]], {}, f"token id {V} is outside the vocabulary"),
+    "a length of 0": ([[1, 2], [3, 4]], {"sequence_length": [2, 0]}, "sequence_length is out of range"),
+    "a length beyond S": ([[1, 2], [3, 4]], {"sequence_length": [3, 1]}, "sequence_length is out of range"),
+    "lengths of another batch": ([[1, 2], [3, 4]], {"sequence_length": [2]}, "sequence_length is out of range"),
+    "an index beyond S": ([[1, 2], [3, 4]], {"logits_index": [[2], [0]]}, "logits_index is out of range"),
+    "a negative index": ([[1, 2], [3, 4]], {"logits_index": [[0], [-1]]}, "logits_index is out of range"),
+    "an index of another batch": ([[1, 2], [3, 4]], {"logits_index": [[0]]}, "logits_index is out of range"),
+    "an index without a position": ([[1, 2], [3, 4]], {"logits_index": [[], []]}, "logits_index is out of range"),
+    "more than the cache holds": (np.ones((2, 9), np.int64), {}, "the cache holds 8 tokens, the request needs 9"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_STEPS)
+def test_a_bad_step_is_a_shape_error_and_changes_nothing(bundle: Bundle, what: str) -> None:
+    ids, options, message = BAD_STEPS[what]
+    session = OnnxRuntimeSession(bundle, max_seq_len=8, batch_size=2)
+    with pytest.raises(ShapeError, match=message) as caught:
+        session.step(ids, **options)
+    assert caught.value.details
+    assert session.past_length.tolist() == [0, 0]
+    assert all((session.cache_array(name) == 0).all() for name in session.cache)
+
+
+def test_the_fullest_row_decides_whether_a_step_fits(bundle: Bundle) -> None:
+    session = OnnxRuntimeSession(bundle, max_seq_len=8, batch_size=2)
+    session.step(random_ids(2, 7), sequence_length=[2, 7])
+    session.step(random_ids(2, 1))
+    with pytest.raises(ShapeError, match="holds 8 tokens, the request needs 9"):
+        session.step(random_ids(2, 1))
+    assert session.past_length.tolist() == [3, 8]
+
+
+@pytest.mark.parametrize(
+    ("capacity", "batch"), [(0, 1), (-1, 1), (TINY["max_position_embeddings"] + 1, 1), (8, 0)], ids=str
+)
+def test_an_impossible_cache_is_a_shape_error(bundle: Bundle, capacity: int, batch: int) -> None:
+    with pytest.raises(ShapeError, match="is not possible") as caught:
+        OnnxRuntimeSession(bundle, max_seq_len=capacity, batch_size=batch)
+    assert str(TINY["max_position_embeddings"]) in caught.value.details["expected"]
+
+
+def test_a_graph_that_onnxruntime_cannot_open_is_a_toolchain_error(bundle: Bundle, tmp_path: Path) -> None:
+    broken = Bundle(tmp_path, bundle.manifest, bundle.config)
+    broken.onnxruntime_path.write_bytes(b"this is no model")
+    with pytest.raises(ToolchainError, match="cannot open this bundle") as caught:
+        OnnxRuntimeSession(broken, max_seq_len=8)
+    assert caught.value.exit_code == 3
+    assert str(broken.onnxruntime_path) in caught.value.details["file"]
+
+
+# ---- generation -------------------------------------------------------------------------------------------------
+
+
+def hugging_face_greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    model.generation_config.eos_token_id = None
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+PROMPTS = [random_ids(length, seed=20 + length).tolist() for length in (1, 4, 9, 17, 30)]
+
+
+def test_greedy_tokens_are_hugging_faces(trained: tuple[Any, Bundle]) -> None:
+    model, bundle = trained
+    for prompt in PROMPTS:
+        want = hugging_face_greedy(model, prompt, 64)
+        result = generate(OnnxRuntimeSession(bundle, max_seq_len=128), [prompt], max_new_tokens=64)
+        assert result.tokens == [want], f"prompt of {len(prompt)}"
+        assert len(set(want)) > 5, "a constant sequence would show little"
+        assert result.decode_steps == 63
+
+
+def test_a_batch_of_prompts_gives_what_each_gives_alone(trained: tuple[Any, Bundle]) -> None:
+    _, bundle = trained
+    seen: list[tuple[int, int]] = []
+    session = OnnxRuntimeSession(bundle, max_seq_len=64, batch_size=5)
+    together = generate(session, PROMPTS, max_new_tokens=12, on_token=lambda row, token: seen.append((row, token)))
+    for row, prompt in enumerate(PROMPTS):
+        alone = generate(OnnxRuntimeSession(bundle, max_seq_len=64), [prompt], max_new_tokens=12)
+        assert together.tokens[row] == alone.tokens[0], f"row {row}"
+    assert seen == [(row, together.tokens[row][step]) for step in range(12) for row in range(5)]
+
+
+def test_a_row_ends_after_its_stop_token_and_the_others_go_on(trained: tuple[Any, Bundle]) -> None:
+    _, bundle = trained
+    session = OnnxRuntimeSession(bundle, max_seq_len=64, batch_size=5)
+    free = generate(session, PROMPTS, max_new_tokens=12).tokens
+    stop = free[0][3]
+    expected = [tokens[: tokens.index(stop) + 1] if stop in tokens else tokens for tokens in free]
+    assert len(expected[0]) <= 4
+    assert max(map(len, expected)) > len(expected[0]), "no row goes on: choose another seed"
+    seen: list[list[int]] = [[] for _ in PROMPTS]
+    result = generate(
+        session, PROMPTS, max_new_tokens=12, stop_tokens=[stop], on_token=lambda row, token: seen[row].append(token)
+    )
+    assert result.tokens == seen == expected
+    assert result.decode_steps == max(map(len, expected)) - 1
+
+
+def test_one_new_token_needs_no_decode_step(bundle: Bundle) -> None:
+    result = generate(OnnxRuntimeSession(bundle, max_seq_len=3), [[1, 2, 3]], max_new_tokens=1)
+    assert [len(tokens) for tokens in result.tokens] == [1]
+    assert (result.decode_steps, result.decode_tokens_per_second) == (0, None)
+
+
+def test_generation_may_fill_the_cache_but_not_more(bundle: Bundle) -> None:
+    session = OnnxRuntimeSession(bundle, max_seq_len=8)
+    assert len(generate(session, [[1, 2, 3]], max_new_tokens=6).tokens[0]) == 6
+    assert session.past_length.tolist() == [8]
+    with pytest.raises(ShapeError, match="need a cache of 9 tokens, this one holds 8"):
+        generate(session, [[1, 2, 3]], max_new_tokens=7)
+
+
+@pytest.mark.parametrize(("prompts", "count"), [([[]], 4), ([], 4), ([[1]], 0), ([[1], []], 4)], ids=str)
+def test_nothing_to_continue_is_a_shape_error(bundle: Bundle, prompts: list[list[int]], count: int) -> None:
+    with pytest.raises(ShapeError, match="nothing to continue"):
+        generate(
+            OnnxRuntimeSession(bundle, max_seq_len=8, batch_size=max(1, len(prompts))), prompts, max_new_tokens=count
+        )
+
+
+@pytest.mark.parametrize("token", [-1, V, 2**40, 2**70])
+def test_a_token_outside_the_vocabulary_is_a_shape_error(bundle: Bundle, token: int) -> None:
+    session = OnnxRuntimeSession(bundle, max_seq_len=8)
+    with pytest.raises(ShapeError, match=f"token id {token} is outside") as caught:
+        generate(session, [[1, token, 2]], max_new_tokens=2)
+    assert caught.value.details["expected"] == f"0..{V - 1}"
+    assert session.past_length.tolist() == [0]
+
+
+def test_prompts_of_another_batch_are_a_shape_error(bundle: Bundle) -> None:
+    with pytest.raises(ShapeError, match="wrong shape"):
+        generate(OnnxRuntimeSession(bundle, max_seq_len=8), [[1], [2]], max_new_tokens=2)
+
+
+# ---- text -------------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "plain text, twice  spaced",
+    "naïve café, Ünïcödé, e\u0301 combining",
+    "😀 👩\u200d👩\u200d👧 🇧🇷",
+    "日本語 и кириллица",
+    " leading and trailing ",
+    "line\nbreaks\tand tabs",
+    "\ufffd is a character too",
+    "",
+]
+
+
+def byte_level_tokenizer() -> Tokenizer:
+    """As Llama 3's: byte-level BPE. Few merges, so most characters beyond ASCII are several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>", "</s>"],
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["def naïve(x): return 'café' # 😀😀 über, plain text"] * 3, trainer)
+    return tokenizer
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama 2's: pieces with U+2581 for a space, single bytes for what has no piece, one leading space stripped."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghij", "▁a", "ab"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    merges = [("▁", "a"), ("a", "b")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in pieces[:3]])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+TOKENIZERS = {"byte-level": byte_level_tokenizer(), "byte fallback": byte_fallback_tokenizer()}
+
+
+def stream_pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    stream = TextStream(tokenizer)
+    return [*(stream.push(token) for token in ids), stream.finish()]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("text", TEXTS, ids=repr)
+def test_streamed_pieces_join_to_the_full_text_and_never_split_a_character(kind: str, text: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer.encode(text).ids
+    pieces = stream_pieces(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids) == text
+    if "\ufffd" not in text:
+        assert not [piece for piece in pieces if "\ufffd" in piece]
+
+
+def test_the_test_has_characters_of_several_tokens() -> None:
+    for tokenizer in TOKENIZERS.values():
+        ids = tokenizer.encode("日").ids
+        assert len(ids) >= 3
+        pieces = stream_pieces(tokenizer, ids)
+        assert [piece for piece in pieces if piece] == ["日"]
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), st.sampled_from(sorted(TOKENIZERS)))
+def test_any_text_streams_to_itself(text: str, kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer.encode(text).ids
+    assert "".join(stream_pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.lists(st.integers(0, 260), max_size=40))
+def test_any_byte_level_tokens_stream_to_their_text(ids: list[int]) -> None:
+    """Models do emit bytes that are no UTF-8."""
+    tokenizer = TOKENIZERS["byte-level"]
+    assert "".join(stream_pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.lists(st.integers(0, 270), max_size=40))
+def test_malformed_bytes_of_a_fallback_tokenizer_stream_without_an_error(ids: list[int]) -> None:
+    """``tokenizers.DecodeStream`` raises "Invalid prefix" for, say, ``&``, a stray continuation byte, ``d``."""
+    tokenizer = TOKENIZERS["byte fallback"]
+    text = "".join(stream_pieces(tokenizer, ids))
+    letters = [token for token in ids if 260 <= token < 270]
+    assert len([character for character in text if character in "abcdefghij"]) >= len(letters)
+
+
+def test_a_stray_byte_between_characters_becomes_a_replacement_character() -> None:
+    tokenizer = TOKENIZERS["byte fallback"]
+    ids = [tokenizer.token_to_id(piece) for piece in ("<0x26>", "<0x8E>", "d")]
+    assert stream_pieces(tokenizer, ids) == ["&", "", "\ufffdd", ""]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_character_that_never_ends_comes_out_with_finish(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer.encode("a日").ids[:-1]
+    pieces = stream_pieces(tokenizer, ids)
+    assert "".join(pieces[:-1]) == "a"
+    assert set(pieces[-1]) == {"\ufffd"}
+    assert "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_special_tokens_are_not_text() -> None:
+    tokenizer = TOKENIZERS["byte-level"]
+    start, stop = (tokenizer.token_to_id(piece) for piece in ("<s>", "</s>"))
+    ids = [start, *tokenizer.encode("café").ids, stop]
+    assert "".join(stream_pieces(tokenizer, ids)) == "café"
+
+
+def test_codec_reads_the_bundles_tokenizer(tmp_path: Path) -> None:
+    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    codec = TextCodec(tmp_path)
+    ids = codec.encode("naïve 😀")
+    assert codec.decode(ids) == "naïve 😀"
+    stream = codec.stream()
+    assert "".join([*(stream.push(token) for token in ids), stream.finish()]) == "naïve 😀"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "is missing"), ("{", "cannot be read"), ("[]", "cannot be read")]
+)
+def test_a_tokenizer_that_is_missing_or_broken_is_a_config_error(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        TextCodec(tmp_path)
+    assert isinstance(caught.value, LlamaExportError)
+    assert str(tmp_path) in str(caught.value)
