@@ -12,9 +12,9 @@ it never saw, and writes a Hugging Face folder, ``examples/tiny-llama/``:
     tokenizer.json  tokenizer_config.json
     training.json  loss_curve.svg  README.md
 
-On two free cores it runs at about 6,500 tokens per second, which makes 13 minutes; the
-checkpoint in this repository took 27.8 on two cores that were busy with other work too
-(both figures are what the script printed). The number of steps is
+On two free cores it starts at about 6,500 tokens per second, which would make 13
+minutes; the checkpoint in this repository took 27.8 on two cores that were busy with
+other work too. The number of steps is
 fixed, not the time, so a slower machine takes longer and learns the same.
 
 The model exists to be exported. A random checkpoint would also exercise the
@@ -506,8 +506,8 @@ pipeline_tag: text-generation
 
 A Llama of {parameters:,} parameters, trained from scratch on the source code of
 Python's standard library. It is small enough to live in a repository and real
-enough to test an exporter with: its outputs are confident, its text looks like
-Python, and it was measured on files that it never saw.
+enough to test an exporter with: its text has the look of Python, and it was
+measured on files that it never saw.
 
 | | |
 |---|---|
