@@ -133,7 +133,7 @@ def build(
     metavar="TOKENS",
     help="KV-cache capacity.  [default: what the request needs]",
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per core]")
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: one per core]")
 @_ignore_hashes
 @_json_flag
 def run(
@@ -149,6 +149,10 @@ def run(
 
     if (prompt is None) == (tokens is None):
         raise click.UsageError("give either --prompt TEXT or --tokens 1,2,3")
+    if prompt is not None and not _is_unicode(prompt):
+        raise ConfigError(
+            "--prompt is not UTF-8 text", details={"got": ascii(prompt)}, hint="check the terminal's encoding"
+        )
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
     codec = TextCodec(opened.folder) if prompt is not None or (opened.folder / "tokenizer.json").is_file() else None
     ids = codec.encode(prompt) if prompt is not None and codec is not None else _token_list(tokens or "")
@@ -185,6 +189,15 @@ def run(
     _log(
         f"run: {len(result.tokens[0])} tokens, prefill {result.prefill_seconds * 1000:.0f} ms{rate}, {session.backend}"
     )
+
+
+def _is_unicode(text: str) -> bool:
+    """False if it holds bytes of the command line that are not UTF-8, which Python keeps as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _capacity(prompt: int, new_tokens: int, limit: int) -> int:
@@ -260,7 +273,7 @@ def _names(text: str) -> tuple[str, ...]:
     "--new-tokens", type=click.IntRange(2), default=64, metavar="TOKENS", help="Decode steps per run, plus one."
 )
 @click.option("--runs", type=click.IntRange(1), default=5, help="Counted runs, after one warm-up.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per core]")
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: one per core]")
 @_ignore_hashes
 @_json_flag
 def bench(

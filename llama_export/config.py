@@ -195,7 +195,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _check(self.backend in BACKENDS, "backend", self.backend, " | ".join(BACKENDS))
         _check(self.max_seq_len is None or self.max_seq_len >= 2, "max_seq_len", self.max_seq_len, "at least 2 tokens")
-        _check(self.max_batch >= 1, "max_batch", self.max_batch, "at least 1 row")
+        _check(1 <= self.max_batch < 2**31, "max_batch", self.max_batch, "at least 1 row, fewer than 2^31")
         if self.ops != "native":
             raise ConfigError(
                 f"unknown value for ops: {self.ops}",

@@ -22,6 +22,7 @@ V vocabulary); symbols in the file: ``batch_size``, ``num_new_tokens``, ``num_lo
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import time
 import warnings
@@ -116,7 +117,8 @@ def export_checkpoint(
         f"export: {checkpoint.config.num_parameters:,} parameters, {dtype}, {checkpoint.config.num_hidden_layers} layers"
     )
 
-    graph = graph_from_program(trace_program(checkpoint.config, dtype), checkpoint.config)
+    with _collector_paused():
+        graph = graph_from_program(trace_program(checkpoint.config, dtype), checkpoint.config)
     models = {
         "standard": (MODEL_NAME, dtype, model_proto(graph, checkpoint, dtype, "standard")),
         # onnxruntime's CPU provider has no bfloat16 kernels and computes float16 in float32: its file is float32.
@@ -411,6 +413,18 @@ def io_table(proto: onnx.ModelProto) -> list[Mapping[str, Any]]:
                 }
             )
     return table
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Tracing makes millions of small objects and few cycles: the collector took 0.8 of 6 s at 12 layers, for 15 MB."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

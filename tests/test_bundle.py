@@ -500,6 +500,32 @@ def test_failure_at_the_end_leaves_nothing(
     check_refused(capsys, tmp_path, ["export", checkpoint, *place], message, code, exit_code=exit_code)
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_bundle_that_cannot_be_replaced_stays(
+    failing: int,
+    bundle: Path,
+    make_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = 0
+    rename = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(source))
+        rename(source, target)
+
+    checkpoint = make_checkpoint(seed=1)
+    monkeypatch.setattr(os, "rename", fail)
+    command = ["export", checkpoint, "-o", bundle, "--force"]
+    check_refused(capsys, tmp_path, command, "cannot write", "Permission denied")
+    load_bundle(bundle)
+
+
 def test_atomic_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.json"
     write_atomically(path, b"old")

@@ -391,7 +391,8 @@ def test_unknown_weights_mode_is_refused(weights: Any) -> None:
     [
         ({"backend": "onnx"}, "'onnx'", "tensorrt-rtx | tensorrt"),
         ({"max_seq_len": 1}, "1", "at least 2 tokens"),
-        ({"max_batch": 0}, "0", "at least 1 row"),
+        ({"max_batch": 0}, "0", "at least 1 row, fewer than 2^31"),
+        ({"max_batch": 2**31}, "2147483648", "at least 1 row, fewer than 2^31"),
         ({"ops": "plugin"}, "plugin", "native"),
     ],
 )

@@ -1,0 +1,222 @@
+"""The shape of the package: imports point one way, heavy packages stay where they belong, errors form one tree."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import llama_export
+from llama_export import errors
+
+PACKAGE = Path(llama_export.__file__).parent
+# docs: "Data flow and layout" of the design. A unit may import what stands above it, and nothing below it.
+ORDER = (
+    ("__init__",),
+    ("errors",),
+    ("_process", "environment"),
+    ("config",),
+    ("checkpoint", "kv_cache"),
+    ("ops",),
+    ("model",),
+    ("bundle",),
+    ("runtime",),
+    ("export",),
+    ("_plan", "_tensorrt"),
+    ("engine",),
+    ("parity",),
+    ("cli",),
+    ("__main__",),
+)
+RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
+BASE = ("errors", "config", "kv_cache", "checkpoint", "bundle", "environment", "runtime", "cli", "__init__", "__main__")
+HEAVY = {
+    "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings",
+    "polygraphy", "transformers", "matplotlib", "cuda", "safetensors", "ml_dtypes",
+}  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def unit_of(path: Path) -> str:
+    """``cli``, ``runtime``, ...: the module or package directly below ``llama_export``."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(node: ast.AST, *, deep: bool) -> Iterator[str]:
+    """Full names imported below ``node``; without ``deep``, those that run when the module is imported."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "relative imports hide where a name comes from"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            if deep:
+                yield from imports(child, deep=deep)
+        elif deep or not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from imports(child, deep=deep)
+
+
+def own_units(path: Path, *, deep: bool) -> set[str]:
+    """Units of this package that a file imports, itself left out."""
+    names = [name.split(".") for name in imports(tree(path), deep=deep) if name.split(".")[0] == "llama_export"]
+    units = {parts[1] if len(parts) > 1 and parts[1] in RANK else "__init__" for parts in names}
+    return units - {unit_of(path)}
+
+
+def outside(path: Path, *, deep: bool) -> set[str]:
+    """Top-level names of other packages that a file imports."""
+    return {name.split(".")[0] for name in imports(tree(path), deep=deep)} - {"llama_export"}
+
+
+def test_every_file_has_its_place_in_the_order() -> None:
+    assert {unit_of(path) for path in FILES} == set(RANK)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    mine = RANK[unit_of(path)]
+    wrong = {unit for unit in own_units(path, deep=True) if RANK[unit] >= mine}
+    assert not wrong, f"{unit_of(path)} stands above {wrong}"
+
+
+def test_files_of_a_package_do_not_import_in_circles() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        name = ".".join(("llama_export", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        graph[name] = set(imports(tree(path), deep=False)) | {
+            n.rpartition(".")[0] for n in imports(tree(path), deep=False)
+        }
+    edges = {name: {other for other in found if other in graph and other != name} for name, found in graph.items()}
+    # A package's __init__ collects its files; only the files themselves are followed from there.
+    edges = {name: {other for other in found if not name.startswith(f"{other}.")} for name, found in edges.items()}
+    while leaves := [name for name, found in edges.items() if not found]:
+        edges = {name: found - set(leaves) for name, found in edges.items() if found}
+    assert not edges, f"a circle runs through {sorted(edges)}"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if unit_of(path) in BASE], ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_runtime_install_imports_nothing_heavy_at_module_level(path: Path) -> None:
+    assert not outside(path, deep=False) & HEAVY
+
+
+@pytest.mark.parametrize("unit", ["engine", "_plan", "_tensorrt", "_process"])
+def test_engine_modules_import_their_libraries_when_they_are_needed(unit: str) -> None:
+    assert not outside(PACKAGE / f"{unit}.py", deep=False) & HEAVY
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("*.py")), ids=lambda path: path.stem)
+def test_reference_model_knows_neither_onnx_nor_tensorrt(path: Path) -> None:
+    assert not outside(path, deep=True) & (HEAVY - {"torch"})
+    assert own_units(path, deep=True) <= {"config", "checkpoint", "kv_cache", "ops", "__init__"}
+
+
+def test_command_line_imports_only_light_modules_of_the_package() -> None:
+    assert own_units(PACKAGE / "cli.py", deep=False) == {"__init__", "config", "errors"}
+
+
+def test_parity_results_and_metrics_need_no_torch() -> None:
+    for name in ("result", "metrics", "report"):
+        assert not outside(PACKAGE / "parity" / f"{name}.py", deep=False) & HEAVY
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_assert_no_print_no_bare_except(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        assert not isinstance(node, ast.Assert), where
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None), where
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("print", "breakpoint", "eval", "exec"), where
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_behaviour_comes_from_flags_not_from_the_environment(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    read = set(re.findall(r"environ(?:\.get\(|\[)\s*[\"'](\w+)", text)) | set(
+        re.findall(r"getenv\(\s*[\"'](\w+)", text)
+    )
+    assert read <= {"NO_COLOR"}
+    assert len(re.findall(r"\benviron\b|\bgetenv\b", text)) == len(read)
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------
+
+
+def subclasses(cls: type[errors.LlamaExportError]) -> Iterator[type[errors.LlamaExportError]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from subclasses(child)
+
+
+def all_errors() -> list[type[errors.LlamaExportError]]:
+    """Every error class, wherever in the package it is defined."""
+    for module in pkgutil.walk_packages([str(PACKAGE)], "llama_export."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    return [errors.LlamaExportError, *subclasses(errors.LlamaExportError)]
+
+
+def test_error_tree_in_the_docstring_is_the_tree() -> None:
+    lines = re.findall(r"^    ((?:[| ] {3})*)(?:[|`]-- )?(\w+) +exit (\d)", str(errors.__doc__), re.MULTILINE)
+    parents: list[str] = []
+    drawn = {}
+    for line in str(errors.__doc__).splitlines():
+        match = re.match(r"    ([|` -]*)(\w+Error) +exit (\d)", line)
+        if match:
+            depth = len(match[1]) // 4
+            parents[depth:] = [match[2]]
+            drawn[match[2]] = (parents[depth - 1] if depth else None, int(match[3]))
+    actual = {
+        cls.__name__: (None if cls is errors.LlamaExportError else cls.__bases__[0].__name__, cls.exit_code)
+        for cls in all_errors()
+    }
+    assert drawn == actual
+    assert len(lines) == len(drawn)
+
+
+def test_all_errors_live_in_one_module_and_are_documented() -> None:
+    for cls in all_errors():
+        assert cls.__module__ == "llama_export.errors", cls
+        assert inspect.getdoc(cls), cls
+        assert cls.exit_code in (2, 3), cls
+
+
+def test_error_text_is_what_where_got_expected_and_a_hint() -> None:
+    err = errors.ShapeError("too long", details={"got": 9, "expected": 8}, hint="shorten it")
+    assert str(err) == "too long\n  got:      9\n  expected: 8\n\nhint: shorten it"
+    assert err.details == {"got": "9", "expected": "8"}
+    assert str(errors.ExportError("plain")) == "plain"
+
+
+def test_missing_dependency_names_the_extra() -> None:
+    err = errors.MissingDependencyError("onnxruntime", "cpu")
+    assert err.exit_code == 3
+    assert err.hint == "pip install 'llama-export[cpu]'"
+    assert "`onnxruntime`" in err.message
+
+
+def test_every_error_that_is_raised_has_a_hint() -> None:
+    """The issue's rule, read from the code: each call of an error class passes ``hint`` (MissingDependencyError has its own)."""
+    names = {cls.__name__ for cls in all_errors()} - {"MissingDependencyError"}
+    without = []
+    for path in FILES:
+        if unit_of(path) not in ("config", "checkpoint", "bundle", "cli"):
+            continue
+        for node in ast.walk(tree(path)):
+            called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
+            if called in names and not {"hint", None} & {keyword.arg for keyword in node.keywords}:  # type: ignore[union-attr]
+                without.append(f"{path.name}:{node.lineno} {called}")  # type: ignore[union-attr]
+    assert not without
