@@ -131,22 +131,24 @@ def whole_export(arguments: list[str]) -> int:
 
 
 def random_moments(checkpoint: Path, scratch: Path, rng: random.Random, count: int) -> list[dict[str, Any]]:
-    """Whole exports, tracing and all, killed at random moments."""
+    """Killed at random moments: ``count`` whole exports, and ``count`` that share a trace and so mostly write."""
     found: list[dict[str, Any]] = []
-    duration = 0.0
-    for number in range(count + 1):
-        with scenario("new", checkpoint, scratch / "random") as (arguments, target, before):
-            start = time.perf_counter()
-            pid = fork(lambda arguments=arguments: whole_export(arguments))  # type: ignore[misc]
-            if number == 0:
-                assert finish(pid) == 0
-                duration = time.perf_counter() - start
-                continue
-            moment = rng.uniform(0.1, 1.1) * duration
-            time.sleep(moment)
-            os.kill(pid, signal.SIGKILL)
-            code = finish(pid)
-            found.append(observe("new", arguments, target, scratch / "random", before, f"{moment:.3f} s ({code})"))
+    root = scratch / "random"
+    for run in (whole_export, main):
+        duration = 0.0
+        for number in range(count + 1):
+            with scenario("new", checkpoint, root) as (arguments, target, before):
+                start = time.perf_counter()
+                pid = fork(lambda run=run, arguments=arguments: run(arguments))  # type: ignore[misc]
+                if number == 0:
+                    assert finish(pid) == 0
+                    duration = time.perf_counter() - start
+                    continue
+                moment = rng.uniform(0.1, 1.1) * duration
+                time.sleep(moment)
+                os.kill(pid, signal.SIGKILL)
+                code = finish(pid)
+                found.append(observe("new", arguments, target, root, before, f"{moment:.3f} s ({code})"))
     return found
 
 
@@ -219,6 +221,6 @@ if __name__ == "__main__":
     source, scratch, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     WEIGHTS = (source / "model.safetensors").read_bytes()
     share_one_trace(source)
-    moments = random_moments(source, scratch, random.Random(seed), 8)
+    moments = random_moments(source, scratch, random.Random(seed), 4)
     changes, polite = every_change(source, scratch), polite_signals(source, scratch)
     print(json.dumps({"moments": moments, "changes": changes, "polite": polite}))
