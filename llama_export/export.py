@@ -66,6 +66,7 @@ IR_VERSION = 11
 _DIMENSIONS = ("batch_size", "num_new_tokens", "num_logits", CAPACITY)
 _INPUTS = ("input_ids", "past_length", "sequence_length", "logits_index")
 _INV_FREQ = "model.rotary_emb.inv_freq"
+_REPORT = "the exporter and the installed torch disagree: report it with the output of `llama-export env`"
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -212,7 +213,7 @@ def graph_from_program(program: torch.export.ExportedProgram, config: LlamaConfi
             output_names=["logits", *(present for _, present in names)],
         )
     if converted is None:
-        raise ExportError("torch.onnx.export returned nothing")
+        raise ExportError("torch.onnx.export returned nothing", hint=_REPORT)
     model: ir.Model = converted.model
     _name_nodes(model.graph)
     _name_dimensions(model.graph)
@@ -350,6 +351,7 @@ def _reference_weights(graph: ir.Graph, checkpoint: Checkpoint, dtype: ir.DataTy
                 "not in the checkpoint": sorted(weights - set(checkpoint.tensors)),
                 "not in the graph": sorted(set(checkpoint.tensors) - weights),
             },
+            hint=_REPORT,
         )
     casts = []
     for name, entry in checkpoint.tensors.items():
@@ -393,7 +395,7 @@ def check_model(proto: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(copy, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
-        raise ExportError("onnx.checker refused the exported graph", details={"reason": err}) from err
+        raise ExportError("onnx.checker refused the exported graph", details={"reason": err}, hint=_REPORT) from err
 
 
 def io_table(proto: onnx.ModelProto) -> list[Mapping[str, Any]]:

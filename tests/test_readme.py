@@ -1,0 +1,80 @@
+"""The README against the repository: what it names exists, and the figures in it come from files made by commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from llama_export.cli import cli
+
+ROOT = Path(__file__).parent.parent
+figures_table = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))["figures_table"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/decisions.md", "docs/parity.md"]
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)\b(?=`|\s+#)", README))
+    assert {"demo", "test"} <= named
+    assert named <= targets
+
+
+def test_every_command_that_is_shown_exists() -> None:
+    named = set(re.findall(r"^llama-export +([a-z]+)", README, flags=re.MULTILINE))
+    assert {"export", "build", "run", "validate"} <= named
+    assert named <= set(cli.commands)
+
+
+def test_every_file_of_the_map_exists() -> None:
+    (tree,) = re.findall(r"```\nllama_export/\n(.*?)```", README, flags=re.DOTALL)
+    folder, found = ROOT / "llama_export", 0
+    for line in tree.splitlines():
+        if not line.startswith(" "):
+            folder = ROOT
+        names = (
+            line.split("  ")[0].split() if not line.startswith("  ") else re.split(r"\s{2,}", line.strip())[0].split()
+        )
+        for name in names:
+            if re.fullmatch(r"[\w.]+(/|\.py|\.md|\.toml)", name):
+                assert (folder / name).exists(), name
+                found += 1
+    assert found >= 15
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_and_paths_in_documents_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    here = (ROOT / document).parent
+    for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text):
+        assert (here / target.split("#")[0]).exists(), target
+    for path in re.findall(r"`((?:docs|examples|tests|benchmarks|scripts)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_speed_figures_are_those_of_the_newest_committed_run() -> None:
+    (section,) = re.findall("<!-- figures:begin -->\n(.*?)\n<!-- figures:end -->", README, flags=re.DOTALL)
+    newest = max((ROOT / "benchmarks/results").glob("*.json"))
+    assert section == figures_table(json.loads(newest.read_text(encoding="utf-8")))
+
+
+def test_parity_table_names_stages_of_the_validator() -> None:
+    from llama_export.parity.stages import STAGES
+
+    (section,) = re.findall("<!-- parity:begin -->(.*?)<!-- parity:end -->", README, flags=re.DOTALL)
+    named = re.findall(r"^\| ([\w/-]+) \|", section, flags=re.MULTILINE)
+    named.remove("stage")
+    assert len(named) >= 10
+    assert {name.split("/")[0] for name in named} <= {name.split("/")[0] for name in STAGES}
+
+
+def test_help_of_every_command_gives_its_options() -> None:
+    for name in cli.commands:
+        result = CliRunner().invoke(cli, [name, "--help"])
+        assert result.exit_code == 0
+        assert "--json" in result.output, name
