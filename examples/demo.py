@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PROMPT = "def read_file(path):\n    "
+PROMPT = "def split(s):\n    "
 
 
 def llama_export(*arguments: str) -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     bundle = str(args.bundle)
     llama_export("export", str(args.checkpoint), "-o", bundle, "--force")
     llama_export("build", bundle)
-    llama_export("run", bundle, "--prompt", PROMPT, "--max-new-tokens", "96")
+    llama_export("run", bundle, "--prompt", PROMPT, "--max-new-tokens", "64")
     llama_export("validate", bundle, "--report", str(args.report))
     print(f"\ndemo: done in {time.monotonic() - start:.0f} s; open {(args.report / 'parity.html').resolve().as_uri()}")
 
