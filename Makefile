@@ -1,8 +1,9 @@
 # make demo   from nothing to a parity report: exports the bundled checkpoint, builds engines, generates, validates
 # make test   the tests, CPU only
 # make check  ruff, mypy
+# make plugins  the TensorRT plugin library alone
 #
-# Needs Python 3.11+ with venv, and make. Everything is installed into .venv, in versions pinned by constraints.txt.
+# Needs Python 3.11+ with venv, make and a C++17 compiler. Everything is installed into .venv, in versions pinned by constraints.txt.
 # On Linux, `pip install torch` may take a CUDA build of several gigabytes; to get the CPU build, point pip at
 # PyTorch's CPU index (pip's own setting PIP_EXTRA_INDEX_URL).
 
@@ -12,20 +13,27 @@ BIN    := $(VENV)/bin
 BUNDLE := build/tiny-llama
 REPORT := build/report
 
-.PHONY: demo test check bench constraints clean
+.PHONY: demo test check plugins bench constraints clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,tensorrt-rtx,parity,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,tensorrt-rtx,parity,dev,plugins-dev]'
 	touch $@
 
-demo: $(VENV)/.installed
+# The plugin library: Triton compiles the kernels for every chip, without a GPU. Again only when a source changes.
+$(VENV)/.plugins: $(VENV)/.installed $(shell find plugins -type f -not -name '*.pyc' -not -path '*/build/*')
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps ./plugins
+	touch $@
+
+demo: $(VENV)/.plugins
 	$(BIN)/python examples/demo.py --checkpoint examples/tiny-llama --bundle $(BUNDLE) --report $(REPORT)
 
-test: $(VENV)/.installed
+test: $(VENV)/.plugins
 	$(BIN)/python -m pytest -q
+
+plugins: $(VENV)/.plugins
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,0 +1,324 @@
+#include "attention_plugin.h"
+
+#include "launch.h"
+#include "shapes.h"
+
+#include <cmath>
+#include <limits>
+
+namespace llama_export
+{
+using namespace nvinfer1;
+
+namespace
+{
+constexpr int64_t kMAX_GRID_YZ = 65535; //!< CUDA's limit of the second and third grid dimension
+} // namespace
+
+struct AttentionPlugin::Sizes
+{
+    int64_t batch;
+    int64_t newTokens;
+    int64_t capacity;
+};
+
+void AttentionPlugin::read(FieldReader& reader, AttentionParameters& parameters) noexcept
+{
+    reader.readInteger("num_heads", parameters.num_heads);
+    reader.require(parameters.num_heads >= 1, "num_heads", parameters.num_heads, "at least 1");
+    reader.readInteger("num_kv_heads", parameters.num_kv_heads);
+    reader.require(parameters.num_kv_heads >= 1 && parameters.num_heads % parameters.num_kv_heads == 0, "num_kv_heads",
+        parameters.num_kv_heads, "a divisor of num_heads");
+    reader.readInteger("head_dim", parameters.head_dim);
+    reader.require(parameters.head_dim >= 1, "head_dim", parameters.head_dim, "at least 1");
+    reader.readFloat("scale", parameters.scale);
+    reader.require(std::isfinite(parameters.scale) && parameters.scale > 0.0F, "scale", parameters.scale,
+        "a finite number greater than 0");
+}
+
+void AttentionPlugin::write(AttentionParameters const& parameters, PluginField* fields) noexcept
+{
+    fields[0] = {"num_heads", &parameters.num_heads, PluginFieldType::kINT32, 1};
+    fields[1] = {"num_kv_heads", &parameters.num_kv_heads, PluginFieldType::kINT32, 1};
+    fields[2] = {"head_dim", &parameters.head_dim, PluginFieldType::kINT32, 1};
+    fields[3] = {"scale", &parameters.scale, PluginFieldType::kFLOAT32, 1};
+}
+
+bool AttentionPlugin::loadKernels() noexcept
+{
+    int32_t const dtype = mParameters.dtype;
+    int32_t const headDim = mParameters.head_dim;
+    return loadKernel(kNAME, {"rotate_and_append", dtype, headDim}, mRotateAndAppend)
+        && loadKernel(kNAME, {"attention_prefill", dtype, headDim}, mPrefill)
+        && loadKernel(kNAME, {"attention_decode", dtype, headDim}, mDecode);
+}
+
+int32_t AttentionPlugin::getNbOutputs() const noexcept
+{
+    return kNUM_OUTPUTS;
+}
+
+int32_t AttentionPlugin::getOutputDataTypes(
+    DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes, int32_t /*nbInputs*/) const noexcept
+{
+    for (int32_t i = 0; i < nbOutputs; ++i)
+    {
+        outputTypes[i] = inputTypes[kQUERY];
+    }
+    return kSUCCESS;
+}
+
+int32_t AttentionPlugin::getAliasedInput(int32_t output) noexcept
+{
+    switch (output)
+    {
+    case kPRESENT_KEY: return kPAST_KEY;
+    case kPRESENT_VALUE: return kPAST_VALUE;
+    default: return -1;
+    }
+}
+
+bool AttentionPlugin::checkShapes(Dims const* inputs) const noexcept
+{
+    int64_t const headDim = mParameters.head_dim;
+    int64_t const numKvHeads = mParameters.num_kv_heads;
+    int64_t const queryWidth = mParameters.num_heads * headDim;
+    int64_t const kvWidth = numKvHeads * headDim;
+    if (headDim % 2 != 0 || !isHeadDimServed(kKERNEL, headDim))
+    {
+        reportError(kNAME, "no kernel serves this head_dim: got %d, expected an even number from 2 to 256; hint: build with "
+                           "--ops LlamaAttention=native",
+            mParameters.head_dim);
+        return false;
+    }
+
+    Dims const& query = inputs[kQUERY];
+    Dims const& pastKey = inputs[kPAST_KEY];
+    if (!checkRank(kNAME, "query", query, 3) || !checkRank(kNAME, "past_key", pastKey, 4))
+    {
+        return false;
+    }
+    int64_t const batch = query.d[0];
+    int64_t const newTokens = query.d[1];
+    int64_t const capacity = pastKey.d[2];
+    struct Expected
+    {
+        Input input;
+        char const* name;
+        int32_t rank;
+        int64_t dims[4];
+        char const* meanings[4];
+    };
+    Expected const expected[] = {
+        {kQUERY, "query", 3, {batch, newTokens, queryWidth, 0}, {"B", "S", "num_heads * head_dim", ""}},
+        {kKEY, "key", 3, {batch, newTokens, kvWidth, 0}, {"B", "S", "num_kv_heads * head_dim", ""}},
+        {kVALUE, "value", 3, {batch, newTokens, kvWidth, 0}, {"B", "S", "num_kv_heads * head_dim", ""}},
+        {kCOS, "cos", 3, {batch, newTokens, headDim / 2, 0}, {"B", "S", "head_dim / 2", ""}},
+        {kSIN, "sin", 3, {batch, newTokens, headDim / 2, 0}, {"B", "S", "head_dim / 2", ""}},
+        {kPAST_KEY, "past_key", 4, {batch, numKvHeads, capacity, headDim}, {"B", "num_kv_heads", "C", "head_dim"}},
+        {kPAST_VALUE, "past_value", 4, {batch, numKvHeads, capacity, headDim}, {"B", "num_kv_heads", "C", "head_dim"}},
+        {kPAST_LENGTH, "past_length", 1, {batch, 0, 0, 0}, {"B", "", "", ""}},
+    };
+    for (Expected const& tensor : expected)
+    {
+        Dims const& dims = inputs[tensor.input];
+        if (!checkRank(kNAME, tensor.name, dims, tensor.rank))
+        {
+            return false;
+        }
+        for (int32_t axis = 0; axis < tensor.rank; ++axis)
+        {
+            if (!checkDimension(kNAME, tensor.name, dims, axis, tensor.dims[axis], tensor.meanings[axis]))
+            {
+                return false;
+            }
+        }
+    }
+    constexpr int64_t kMAX_INT32 = std::numeric_limits<int32_t>::max();
+    int64_t const groupSize = mParameters.num_heads / numKvHeads;
+    return checkLimit(kNAME, "the batch", batch, kMAX_GRID_YZ)
+        && checkLimit(kNAME, "num_kv_heads", numKvHeads, kMAX_GRID_YZ)
+        && checkLimit(kNAME, "num_heads * head_dim", queryWidth, kMAX_INT32)
+        && checkLimit(kNAME, "the KV-cache capacity", capacity, kMAX_INT32)
+        && checkLimit(kNAME, "batch * new tokens", batch * newTokens, kMAX_INT32)
+        && checkLimit(kNAME, "new tokens * heads in a group", newTokens * groupSize, kMAX_INT32);
+}
+
+int32_t AttentionPlugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const* /*shapeInputs*/,
+    int32_t /*nbShapeInputs*/, DimsExprs* outputs, int32_t nbOutputs, IExprBuilder& /*builder*/) noexcept
+{
+    if (!checkCount(kNAME, "inputs", nbInputs, kNUM_INPUTS) || !checkCount(kNAME, "outputs", nbOutputs, kNUM_OUTPUTS))
+    {
+        return kFAILURE;
+    }
+    Dims constants[kNUM_INPUTS];
+    for (int32_t i = 0; i < kNUM_INPUTS; ++i)
+    {
+        constants[i] = constantDims(inputs[i]);
+    }
+    if (!checkShapes(constants))
+    {
+        return kFAILURE;
+    }
+    outputs[kATTN_OUTPUT] = inputs[kQUERY];
+    outputs[kPRESENT_KEY] = inputs[kPAST_KEY];
+    outputs[kPRESENT_VALUE] = inputs[kPAST_VALUE];
+    return kSUCCESS;
+}
+
+bool AttentionPlugin::supportsFormatCombination(
+    int32_t position, DynamicPluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept
+{
+    PluginTensorDesc const& tensor = inOut[position].desc;
+    if (nbInputs != kNUM_INPUTS || nbOutputs != kNUM_OUTPUTS || tensor.format != TensorFormat::kLINEAR)
+    {
+        return false;
+    }
+    switch (position)
+    {
+    case kCOS:
+    case kSIN: return tensor.type == DataType::kFLOAT;
+    case kPAST_LENGTH: return tensor.type == DataType::kINT64;
+    default:
+        return tensor.type == inOut[kQUERY].desc.type && isDtypeServed(kKERNEL, static_cast<int32_t>(tensor.type));
+    }
+}
+
+int32_t AttentionPlugin::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbInputs,
+    DynamicPluginTensorDesc const* /*out*/, int32_t nbOutputs) noexcept
+{
+    if (!checkCount(kNAME, "inputs", nbInputs, kNUM_INPUTS) || !checkCount(kNAME, "outputs", nbOutputs, kNUM_OUTPUTS))
+    {
+        return kFAILURE;
+    }
+    mParameters.dtype = static_cast<int32_t>(in[kQUERY].desc.type);
+    return kSUCCESS;
+}
+
+//! The rotated query, [B, S, H*D].
+size_t AttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t /*nbInputs*/,
+    DynamicPluginTensorDesc const* /*outputs*/, int32_t /*nbOutputs*/) const noexcept
+{
+    Dims const& query = inputs[kQUERY].max;
+    return static_cast<size_t>(query.d[0] * query.d[1] * query.d[2] * elementSize(inputs[kQUERY].desc.type));
+}
+
+int32_t AttentionPlugin::onShapeChange(
+    PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const* /*out*/, int32_t nbOutputs) noexcept
+{
+    if (!checkCount(kNAME, "inputs", nbInputs, kNUM_INPUTS) || !checkCount(kNAME, "outputs", nbOutputs, kNUM_OUTPUTS))
+    {
+        return kFAILURE;
+    }
+    Dims dims[kNUM_INPUTS];
+    for (int32_t i = 0; i < kNUM_INPUTS; ++i)
+    {
+        dims[i] = in[i].dims;
+    }
+    return checkShapes(dims) && prepareKernels(in[kQUERY].type) ? kSUCCESS : kFAILURE;
+}
+
+bool AttentionPlugin::copyCache(int64_t bytes, void const* past, void* present, cudaStream_t stream) const noexcept
+{
+    if (past == present || bytes == 0)
+    {
+        return true;
+    }
+    CudaDriver const* const driver = cudaDriver(kNAME);
+    if (driver == nullptr)
+    {
+        return false;
+    }
+    CUresult const error
+        = driver->memcpyDtoDAsync(deviceAddress(present), deviceAddress(past), static_cast<size_t>(bytes), stream);
+    if (error != kCUDA_SUCCESS)
+    {
+        reportError(kNAME, "the KV cache was not copied to its output: %s (%d); %lld bytes", driver->nameOf(error), error,
+            static_cast<long long>(bytes));
+    }
+    return error == kCUDA_SUCCESS;
+}
+
+//! Query -> workspace, key and value -> the cache, at past_length.
+bool AttentionPlugin::rotateAndAppend(Sizes const& sizes, void const* const* inputs, void* const* outputs,
+    void* rotatedQuery, cudaStream_t stream) const noexcept
+{
+    kernels::RotateAndAppendArguments arguments;
+    arguments.query = deviceAddress(inputs[kQUERY]);
+    arguments.key = deviceAddress(inputs[kKEY]);
+    arguments.value = deviceAddress(inputs[kVALUE]);
+    arguments.cos = deviceAddress(inputs[kCOS]);
+    arguments.sin = deviceAddress(inputs[kSIN]);
+    arguments.past_length = deviceAddress(inputs[kPAST_LENGTH]);
+    arguments.rotated_query = deviceAddress(rotatedQuery);
+    arguments.present_key = deviceAddress(outputs[kPRESENT_KEY]);
+    arguments.present_value = deviceAddress(outputs[kPRESENT_VALUE]);
+    arguments.new_tokens = static_cast<int32_t>(sizes.newTokens);
+    arguments.num_heads = mParameters.num_heads;
+    arguments.num_kv_heads = mParameters.num_kv_heads;
+    arguments.capacity = static_cast<int32_t>(sizes.capacity);
+    arguments.head_dim = mParameters.head_dim;
+    // TensorRT hands over dense tensors: from token to token is one row.
+    arguments.query_stride = mParameters.num_heads * mParameters.head_dim;
+    arguments.key_stride = mParameters.num_kv_heads * mParameters.head_dim;
+    arguments.value_stride = mParameters.num_kv_heads * mParameters.head_dim;
+    return launch(kNAME, mRotateAndAppend, Grid{sizes.batch * sizes.newTokens, 1, 1}, arguments, stream);
+}
+
+//! Workspace and cache -> attn_output.
+template <class Arguments>
+bool AttentionPlugin::attend(LoadedKernel const& kernel, Sizes const& sizes, void const* rotatedQuery,
+    void const* pastLength, void* const* outputs, cudaStream_t stream) const noexcept
+{
+    Arguments arguments;
+    arguments.rotated_query = deviceAddress(rotatedQuery);
+    arguments.present_key = deviceAddress(outputs[kPRESENT_KEY]);
+    arguments.present_value = deviceAddress(outputs[kPRESENT_VALUE]);
+    arguments.past_length = deviceAddress(pastLength);
+    arguments.attn_output = deviceAddress(outputs[kATTN_OUTPUT]);
+    arguments.scale = mParameters.scale;
+    arguments.new_tokens = static_cast<int32_t>(sizes.newTokens);
+    arguments.num_heads = mParameters.num_heads;
+    arguments.num_kv_heads = mParameters.num_kv_heads;
+    arguments.capacity = static_cast<int32_t>(sizes.capacity);
+    arguments.head_dim = mParameters.head_dim;
+    // A tile's rows are the (token, head) pairs of one group: they share its key and value head.
+    int64_t const rows = sizes.newTokens * (mParameters.num_heads / mParameters.num_kv_heads);
+    Grid const grid{ceilDiv(rows, kernel.image->block_m), mParameters.num_kv_heads, sizes.batch};
+    return launch(kNAME, kernel, grid, arguments, stream);
+}
+
+int32_t AttentionPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* /*outputDesc*/,
+    void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept
+{
+    Dims const& query = inputDesc[kQUERY].dims;
+    Dims const& cache = inputDesc[kPAST_KEY].dims;
+    Sizes const sizes{query.d[0], query.d[1], cache.d[2]};
+    int64_t const cacheBytes
+        = cache.d[0] * cache.d[1] * cache.d[2] * cache.d[3] * elementSize(inputDesc[kPAST_KEY].type);
+    if (!checkReady() || !copyCache(cacheBytes, inputs[kPAST_KEY], outputs[kPRESENT_KEY], stream)
+        || !copyCache(cacheBytes, inputs[kPAST_VALUE], outputs[kPRESENT_VALUE], stream))
+    {
+        return kFAILURE;
+    }
+    if (sizes.batch == 0 || sizes.newTokens == 0)
+    {
+        return kSUCCESS;
+    }
+    if (!checkAligned("query", inputs[kQUERY]) || !checkAligned("key", inputs[kKEY])
+        || !checkAligned("value", inputs[kVALUE]) || !checkAligned("cos", inputs[kCOS])
+        || !checkAligned("sin", inputs[kSIN]) || !checkAligned("present_key", outputs[kPRESENT_KEY])
+        || !checkAligned("present_value", outputs[kPRESENT_VALUE])
+        || !checkAligned("attn_output", outputs[kATTN_OUTPUT]) || !checkAligned("workspace", workspace))
+    {
+        return kFAILURE;
+    }
+    bool const isDone = rotateAndAppend(sizes, inputs, outputs, workspace, stream)
+        && (sizes.newTokens == 1
+                ? attend<kernels::AttentionDecodeArguments>(
+                    mDecode, sizes, workspace, inputs[kPAST_LENGTH], outputs, stream)
+                : attend<kernels::AttentionPrefillArguments>(
+                    mPrefill, sizes, workspace, inputs[kPAST_LENGTH], outputs, stream));
+    return isDone ? kSUCCESS : kFAILURE;
+}
+} // namespace llama_export

@@ -1,0 +1,51 @@
+//! \file
+//! One kernel launch: the arguments of the generated `kernel_arguments.h`, in the order the kernel was compiled with.
+#pragma once
+
+#include "kernel_arguments.h"
+#include "kernel_cache.h"
+#include "log.h"
+
+namespace llama_export
+{
+struct Grid
+{
+    int64_t x;
+    int64_t y;
+    int64_t z;
+};
+
+inline int64_t ceilDiv(int64_t a, int64_t b) noexcept
+{
+    return (a + b - 1) / b;
+}
+
+inline CUdeviceptr deviceAddress(void const* pointer) noexcept
+{
+    return reinterpret_cast<CUdeviceptr>(pointer);
+}
+
+//! Puts the kernel on the stream. Neither allocates nor waits, so it may be captured into a CUDA graph.
+template <class Arguments>
+bool launch(char const* plugin, LoadedKernel const& kernel, Grid const& grid, Arguments& arguments,
+    cudaStream_t stream) noexcept
+{
+    constexpr uint32_t kTHREADS_PER_WARP = 32;
+    CudaDriver const* const driver = cudaDriver(plugin);
+    if (driver == nullptr)
+    {
+        return false;
+    }
+    CUresult const error = driver->launchKernel(kernel.function, static_cast<uint32_t>(grid.x),
+        static_cast<uint32_t>(grid.y), static_cast<uint32_t>(grid.z), kTHREADS_PER_WARP * kernel.image->warps, 1, 1,
+        kernel.image->shared, stream, arguments.pointers(), nullptr);
+    if (error != kCUDA_SUCCESS)
+    {
+        reportError(plugin, "kernel `%s` was not launched: %s (%d); grid %lld x %lld x %lld", Arguments::kKernel,
+            driver->nameOf(error), error, static_cast<long long>(grid.x), static_cast<long long>(grid.y),
+            static_cast<long long>(grid.z));
+        return false;
+    }
+    return true;
+}
+} // namespace llama_export

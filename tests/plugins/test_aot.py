@@ -1,0 +1,152 @@
+"""Ahead-of-time compilation: what the PTX and the cubins say, and that the build's own checks refuse what they must."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="`triton` is not installed: pip install './plugins[interpreter]'")
+plugins = pytest.importorskip("llama_export_plugins", reason="the plugins are not installed: pip install ./plugins")
+from llama_export_plugins.kernels import compile as aot  # noqa: E402
+from llama_export_plugins.kernels import table  # noqa: E402
+
+CHIP = 89
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    """Some variants, for one chip."""
+    wanted = ("rms_norm_float16", "rms_norm_float32", "rotate_and_append_bfloat16_d128", "attention_decode_float16_d64",
+              "attention_decode_float32_d64", "attention_prefill_float32_d128")  # fmt: skip
+    return {
+        variant.name: (variant, aot.compile_variant(variant, CHIP))
+        for variant in table.variants()
+        if variant.name in wanted
+    }
+
+
+def test_loads_are_vectors(compiled: dict[str, Any]) -> None:
+    for name, (_, kernel) in compiled.items():
+        ptx = kernel.asm["ptx"]
+        wide = re.findall(
+            r"(?:ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\S+ \[[^]]+\], \[[^]]+\], 0x10)", ptx
+        )
+        assert wide, f"{name}: no 16-byte load"
+        model_scalars = re.findall(r"ld\.global\.b16\b", ptx)
+        assert not model_scalars or "norm" in name, f"{name}: {len(model_scalars)} scalar loads"
+
+
+def test_float32_has_no_tf32(compiled: dict[str, Any]) -> None:
+    checked = [name for name in compiled if "float32" in name and "bfloat" not in name]
+    assert len(checked) == 3
+    for name in checked:
+        assert "tf32" not in compiled[name][1].asm["ptx"]
+
+
+def test_sixteen_bit_attention_uses_tensor_cores(compiled: dict[str, Any]) -> None:
+    assert "mma.sync" in compiled["attention_decode_float16_d64"][1].asm["ptx"]
+
+
+def test_checks_pass_and_registers_are_read(compiled: dict[str, Any]) -> None:
+    for variant, kernel in compiled.values():
+        registers, frame = aot.check_compiled(variant, CHIP, kernel)
+        assert 16 <= registers <= 255
+        assert frame <= table.FRAME_LIMIT
+
+
+@dataclasses.dataclass
+class Fake:
+    """A compiled kernel with one thing changed."""
+
+    asm: dict[str, Any]
+    metadata: Any
+
+
+def fake(kernel: Any, *, ptx: str | None = None, **metadata: Any) -> Fake:
+    changed = type(
+        "Metadata",
+        (),
+        {
+            **{
+                name: getattr(kernel.metadata, name)
+                for name in ("shared", "global_scratch_size", "profile_scratch_size")
+            },
+            **metadata,
+        },
+    )
+    return Fake({**kernel.asm, "ptx": ptx or kernel.asm["ptx"]}, changed)
+
+
+def test_a_kernel_that_must_not_ship_is_refused(compiled: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    variant, kernel = compiled["attention_decode_float32_d64"]
+    with pytest.raises(aot.CompileError, match="shared memory"):
+        aot.check_compiled(variant, CHIP, fake(kernel, shared=table.SHARED_MEMORY_LIMITS[CHIP] + 1))
+    with pytest.raises(aot.CompileError, match="scratch"):
+        aot.check_compiled(variant, CHIP, fake(kernel, global_scratch_size=8))
+    with pytest.raises(aot.CompileError, match="tf32"):
+        aot.check_compiled(variant, CHIP, fake(kernel, ptx=kernel.asm["ptx"] + "// mma.tf32"))
+    with pytest.raises(aot.CompileError, match="the launcher passes"):
+        aot.check_compiled(variant, CHIP, fake(kernel, ptx=kernel.asm["ptx"].replace(".param .f32", ".param .u32", 1)))
+    monkeypatch.setattr(aot, "FRAME_LIMIT", -1)
+    with pytest.raises(aot.CompileError, match="registers"):
+        aot.check_compiled(variant, CHIP, kernel)
+
+
+def test_a_table_that_is_not_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = table.select("rms_norm", "float32", 0)
+    kernel = table.KERNELS["rms_norm"]
+    swapped = dataclasses.replace(kernel, arguments=(kernel.arguments[1], kernel.arguments[0], *kernel.arguments[2:]))
+    monkeypatch.setitem(aot.KERNELS, "rms_norm", swapped)
+    with pytest.raises(aot.CompileError, match="the table says"):
+        aot.compile_variant(variant, CHIP)
+
+
+def test_chips_are_parsed() -> None:
+    assert aot.parse_chips("") == list(table.CHIPS)
+    assert aot.parse_chips("89,80") == [80, 89]
+    for wrong in ("75", "sm_89", "8.9"):
+        with pytest.raises(aot.CompileError, match="expected some of"):
+            aot.parse_chips(wrong)
+
+
+def test_generated_arguments_follow_the_table() -> None:
+    header = aot.arguments_header()
+    for kernel in table.KERNELS.values():
+        (order,) = re.findall(rf'kKernel = "{kernel.name}".*?order\[\] = {{([^}}]*)}}', header, flags=re.DOTALL)
+        assert [part.strip(" &") for part in order.split(",")] == [name for name, _ in kernel.arguments] + list(
+            aot.SCRATCH
+        )
+
+
+def test_the_installed_library_has_every_variant_for_its_chips() -> None:
+    document = plugins.variants()
+    expected = sum(1 for _ in table.variants())
+    for chip in document["chips"]:
+        images = [image for image in document["images"] if image["compute_capability"] == chip and not image["ptx"]]
+        assert len(images) == expected
+    portable = [image for image in document["images"] if image["ptx"]]
+    assert len(portable) == (expected if table.PORTABLE_CHIP in document["chips"] else 0)
+    assert document["signatures"] == {
+        name: [list(item) for item in kernel.arguments] for name, kernel in table.KERNELS.items()
+    }
+
+
+def test_compiling_one_chip_writes_what_the_build_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [variant for variant in table.variants() if variant.kernel == "rms_norm"]
+    monkeypatch.setattr(aot, "variants", lambda: iter(few))
+    images = aot.write_all(tmp_path, [80, CHIP], jobs=1)
+    assert len(images) == len(few) * 3  # two cubins and PTX
+    assembly = (tmp_path / "kernel_images.S").read_text()
+    for image in images:
+        file = tmp_path / "images" / image.file
+        assert str(file.resolve()) in assembly
+        assert file.stat().st_size == image.bytes
+        assert file.read_bytes().endswith(b"\0") or not image.ptx
+    document = json.loads((tmp_path / "variants.json").read_text())
+    assert document["chips"] == [80, CHIP]
+    assert (tmp_path / "kernel_table.h").read_text().count("llama_export_image_") == 2 * len(images)
