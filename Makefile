@@ -2,6 +2,7 @@
 # make test   the tests, CPU only
 # make check  ruff, mypy
 # make plugins  the TensorRT plugin library alone
+# make gpu    kernels and plugin library on this machine's GPU; report under reports/gpu
 #
 # Needs Python 3.11+ with venv, make and a C++17 compiler. Everything is installed into .venv, in versions pinned by constraints.txt.
 # On Linux, `pip install torch` may take a CUDA build of several gigabytes; to get the CPU build, point pip at
@@ -13,7 +14,7 @@ BIN    := $(VENV)/bin
 BUNDLE := build/tiny-llama
 REPORT := build/report
 
-.PHONY: demo test check plugins bench constraints clean
+.PHONY: demo test check plugins gpu bench constraints clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -39,6 +40,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# For a machine with a GPU, bare or not: whatever Python is there, and the plugins it has or that build/plugins holds.
+gpu:
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) scripts/gpu_suite.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/decode_speed.py

@@ -16,19 +16,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-import torch
-import triton
-import triton.experimental.gluon  # the first launch would import it, and must find jit functions, not their twins
+# Imported by the first launch otherwise, which would hand it twins where it insists on jit functions.
+import triton.experimental.gluon  # noqa: F401
 import triton.language as tl
-from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction, _patch_lang
 from triton.runtime.jit import JITFunction
 
 from . import attention, numerics, rms_norm
-from .table import KERNELS, select
+from .launch import kernel_function, ops
+from .table import Variant
 
 _MODULES: tuple[types.ModuleType, ...] = (tl, tl.standard, tl.math, tl.core, numerics, rms_norm, attention)
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 class _Twin(InterpretedFunction[Any]):
@@ -79,9 +77,8 @@ def run_interpreted(
         arguments: in the order of the table: CPU tensors (where a pointer is meant, its first element), int, float.
         constexprs: of the variant.
     """
-    functions = attention if KERNELS[kernel].has_heads else rms_norm
     with _interpreter():
-        getattr(functions, kernel)[grid](*arguments, **constexprs)
+        kernel_function(kernel)[grid](*arguments, **constexprs)
 
 
 def kernel_ops() -> dict[str, Callable[..., Any]]:
@@ -89,68 +86,8 @@ def kernel_ops() -> dict[str, Callable[..., Any]]:
 
     The launches are those of the C++ plugins; the library is not involved. Inputs are not modified.
     """
-    return {"LlamaRMSNorm": _rms_norm, "LlamaAddRMSNorm": _add_rms_norm, "LlamaAttention": _attention}
 
+    def run(variant: Variant, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+        run_interpreted(variant.kernel, grid, arguments, variant.constexprs)
 
-def _rms_norm(hidden_states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """[.., E], [E] -> [.., E]"""
-    hidden_states, normed = hidden_states.contiguous(), torch.empty(hidden_states.shape, dtype=hidden_states.dtype)
-    size = hidden_states.shape[-1]
-    variant = select("rms_norm", _DTYPES[hidden_states.dtype], 0)
-    arguments = (hidden_states, weight.contiguous(), normed, size, float(epsilon))
-    run_interpreted("rms_norm", (hidden_states.numel() // size, 1, 1), arguments, variant.constexprs)
-    return normed
-
-
-def _add_rms_norm(hidden_states: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """[.., E], [.., E], [E] -> (normed sum, sum)"""
-    hidden_states, residual = hidden_states.contiguous(), residual.contiguous()
-    normed, new_residual = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
-    size = hidden_states.shape[-1]
-    variant = select("add_rms_norm", _DTYPES[hidden_states.dtype], 0)
-    arguments = (hidden_states, residual, weight.contiguous(), normed, new_residual, size, float(epsilon))
-    run_interpreted("add_rms_norm", (hidden_states.numel() // size, 1, 1), arguments, variant.constexprs)
-    return normed, new_residual
-
-
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, past_key: Tensor, past_value: Tensor,
-    past_length: Tensor, num_heads: int, num_kv_heads: int, head_dim: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """query [B, S, H*D]; key, value [B, S, G*D], each row of a token dense, tokens any stride apart; as the op table says."""
-    (B, S, _), C = query.shape, past_key.shape[2]
-    dtype = _DTYPES[query.dtype]
-    query, key, value = (_tokens_evenly_apart(tensor) for tensor in (query, key, value))
-    rotated_query = torch.empty(B, S, num_heads * head_dim, dtype=query.dtype)
-    attn_output = torch.empty_like(rotated_query)
-    present_key, present_value = past_key.contiguous().clone(), past_value.contiguous().clone()
-    past_length = past_length.contiguous()
-
-    variant = select("rotate_and_append", dtype, head_dim)
-    run_interpreted(
-        "rotate_and_append",
-        (B * S, 1, 1),
-        (
-            query, key, value, cos.contiguous(), sin.contiguous(), past_length, rotated_query, present_key, present_value,
-            S, num_heads, num_kv_heads, C, head_dim, query.stride(1), key.stride(1), value.stride(1),
-        ),
-        variant.constexprs,
-    )  # fmt: skip
-    kernel = "attention_decode" if S == 1 else "attention_prefill"
-    variant = select(kernel, dtype, head_dim)
-    run_interpreted(
-        kernel,
-        (triton.cdiv(S * (num_heads // num_kv_heads), variant.block_m), num_kv_heads, B),
-        (
-            rotated_query, present_key, present_value, past_length, attn_output, float(scale),
-            S, num_heads, num_kv_heads, C, head_dim,
-        ),
-        variant.constexprs,
-    )  # fmt: skip
-    return attn_output, present_key, present_value
-
-
-def _tokens_evenly_apart(tensor: Tensor) -> Tensor:
-    """[B, S, N] with dense rows and one stride from token to token across the batch; copied only where it has none."""
-    even = tensor.stride(2) == 1 and tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
-    return tensor if even else tensor.contiguous()
+    return ops(run)

@@ -405,9 +405,9 @@ class CudaStandIn:
                 arguments.append(buffer.view_at(address, dtype))
                 described[name] = buffer.name
             else:
-                scalar = {"int32": ctypes.c_int32, "float32": ctypes.c_float}[kind].from_address(parameters[index])
-                arguments.append(scalar.value)
-                described[name] = scalar.value
+                value = _SCALARS[kind].from_address(parameters[index]).value
+                arguments.append(value)
+                described[name] = value
         for index in (len(signature), len(signature) + 1):
             if ctypes.c_uint64.from_address(parameters[index]).value != 0:
                 raise PluginError(f"`{kernel}` has no scratch memory, but a pointer to some was passed")
@@ -439,6 +439,7 @@ class CudaStandIn:
 _ARGUMENT_DTYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64,
 }  # fmt: skip
+_SCALARS: dict[str, Any] = {"int32": ctypes.c_int32, "float32": ctypes.c_float}
 
 
 def _image_bytes(address: int) -> bytes:

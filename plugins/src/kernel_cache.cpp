@@ -16,6 +16,8 @@ using kernels::kImages;
 
 //! From 9.0 up a cubin uses features of its own chip (targets `sm_90a`, `sm_100a`, ...) and runs on no other.
 constexpr int32_t kFIRST_EXACT_COMPUTE_CAPABILITY = 90;
+//! The kernels are written for no GPU before this one.
+constexpr int32_t kOLDEST_COMPUTE_CAPABILITY = 80;
 //! More dynamic shared memory than this has to be asked for.
 constexpr uint32_t kDEFAULT_SHARED_BYTES = 48 * 1024;
 
@@ -190,11 +192,12 @@ bool loadKernel(char const* plugin, KernelRequest const& request, LoadedKernel& 
     if (image == nullptr)
     {
         reportError(plugin,
-            "no kernel `%s` of TensorRT data type %d and head_dim %d for this GPU: got compute capability %d.%d, expected one "
-            "of those that `llama-export plugins` lists; hint: rebuild the library for it, LLAMA_EXPORT_CHIPS=%d pip "
-            "install ./plugins",
-            request.kernel, request.dtype, request.headDim, computeCapability / 10,
-            computeCapability % 10, computeCapability);
+            "no kernel `%s` of TensorRT data type %d and head_dim %d for this GPU: got compute capability %d.%d, expected 8.0 "
+            "or later and one that the library was built for; hint: %s",
+            request.kernel, request.dtype, request.headDim, computeCapability / 10, computeCapability % 10,
+            computeCapability < kOLDEST_COMPUTE_CAPABILITY
+                ? "build the engine with --ops native"
+                : "rebuild the library without LLAMA_EXPORT_CHIPS, or with 80 among them");
         return false;
     }
 

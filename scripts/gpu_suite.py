@@ -1,0 +1,232 @@
+"""The kernels and the plugin library on a real GPU, against float64 oracles; writes a report. Run by `make gpu`.
+
+    python scripts/gpu_suite.py [--report reports/gpu] [--rehearse]
+
+Three parts, each over the cases of tests/plugins/kernel_cases.py: the Triton kernels, compiled on the spot; the plugin
+library's own `enqueue`, with the compiled kernels that it carries and the real driver; and, where TensorRT-RTX supports
+the card and is installed, the engine stages of `validate`. What cannot run is written down as "not run" with its reason.
+
+Needs Python 3.11+, torch, triton, numpy and the plugin package: installed (`pip install ./plugins`), or brought along in
+build/plugins (`pip install --no-deps --target build/plugins ./plugins` on another machine). No network, no compiler, no
+pytest. `--rehearse` runs the same code on the CPU, under the interpreter and a
+stand-in driver, to show that the suite itself works; its report says so and is not put under reports/gpu.
+
+Exit code: 0 everything that ran passed; 1 something failed; 3 no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# build/plugins: a plugin package brought along, made by `pip install --no-deps --target build/plugins ./plugins`.
+sys.path[:0] = [str(ROOT / folder) for folder in ("build/plugins", ".", "tests", "tests/plugins")]
+
+import torch  # noqa: E402
+
+SCHEMA_VERSION = 1
+Ops = Mapping[str, Callable[..., Any]]
+
+
+def run_cases(ops: Ops, device: str) -> list[dict[str, Any]]:
+    """Every case through ``ops``; one row per case, the worst of its outputs. An exception is a failure, not the end."""
+    from kernel_cases import cases, judge
+
+    rows = []
+    for case in cases():
+        try:
+            inputs = [tensor.to(device) for tensor in case.inputs]
+            result = ops[case.op](*inputs, *case.attributes)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            worst = max(
+                judge(case, result), key=lambda verdict: verdict.share if verdict.share == verdict.share else 1e9
+            )
+            rows.append({"case": case.name, "verdict": "pass" if worst.passed else "fail", "share": worst.share,
+                         "error": worst.error, "output": worst.output})  # fmt: skip
+        except Exception as err:  # noqa: BLE001 - whatever one case raises, the others must still be seen
+            rows.append({"case": case.name, "verdict": "fail", "error": f"{type(err).__name__}: {err}"})
+    return rows
+
+
+def part(name: str, device: str, make_ops: Callable[[], Ops]) -> dict[str, Any]:
+    """One way of running the cases, as an entry of the report."""
+    start = time.perf_counter()
+    try:
+        ops = make_ops()
+    except Exception as err:  # noqa: BLE001 - a part that cannot start is stated, with the reason
+        return {"name": name, "verdict": "not-run", "reason": f"{type(err).__name__}: {err}"}
+    rows = run_cases(ops, device)
+    failed = [row for row in rows if row["verdict"] == "fail"]
+    return {
+        "name": name,
+        "verdict": "fail" if failed else "pass",
+        "cases": len(rows),
+        "failed": len(failed),
+        "largest_share_of_the_limit": max((row.get("share", float("inf")) for row in rows), default=0.0),
+        "seconds": round(time.perf_counter() - start, 1),
+        "rows": rows,
+    }
+
+
+def triton_ops(rehearse: bool) -> Ops:
+    """The kernels, launched by Triton."""
+    if rehearse:
+        from llama_export_plugins.kernels.loop import kernel_ops
+
+        return kernel_ops()
+    from llama_export_plugins.kernels.launch import ops, run_on_gpu
+
+    return ops(run_on_gpu)
+
+
+def enqueue_ops(rehearse: bool, aliased: bool) -> Ops:
+    """The plugins, driven as TensorRT would."""
+    from llama_export_plugins import harness
+
+    found: Ops = harness.enqueue_ops(aliased=aliased, device="cpu" if rehearse else "cuda")
+    return found
+
+
+def engine_part() -> dict[str, Any]:
+    """Export, build and validate tiny-llama with a plugin engine, where this card can run one."""
+    name = "engine"
+    try:
+        from llama_export.engine import execution_blocker
+    except ImportError as err:
+        return {"name": name, "verdict": "not-run", "reason": f"llama_export is not installed here: {err}"}
+    if (blocker := execution_blocker("tensorrt-rtx")) is not None:
+        return {"name": name, "verdict": "not-run", "reason": blocker}
+    bundle = ROOT / "build" / "gpu-bundle"
+    commands = (
+        ["export", str(ROOT / "examples" / "tiny-llama"), "-o", str(bundle), "--force"],
+        ["build", str(bundle)],
+        [
+            "validate",
+            str(bundle),
+            "--stages",
+            "engine",
+            "--require",
+            "engine",
+            "--report",
+            str(ROOT / "build" / "gpu-report"),
+        ],
+    )
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "llama_export", *command], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            return {
+                "name": name,
+                "verdict": "fail",
+                "reason": f"`{' '.join(command)}` ended with {done.returncode}",
+                "log": done.stderr[-4000:],
+            }
+    return {"name": name, "verdict": "pass", "log": done.stdout[-4000:]}
+
+
+def environment(rehearse: bool) -> dict[str, Any]:
+    """What ran where."""
+    import triton
+
+    found: dict[str, Any] = {
+        "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
+        "cuda": torch.version.cuda, "device": "CPU (rehearsal: interpreter and stand-in driver)",
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    if not rehearse:
+        major, minor = torch.cuda.get_device_capability()
+        found |= {"device": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
+    try:
+        import hashlib
+
+        import llama_export_plugins
+
+        library = llama_export_plugins.library_path()
+        found |= {
+            "plugins": llama_export_plugins.__version__,
+            "library_sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
+        }
+    except Exception as err:  # noqa: BLE001 - stated; the parts that need it say so too
+        found["plugins"] = f"not usable: {err}"
+    return found
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report for readers."""
+    where = report["environment"]
+    lines = [
+        f"# GPU suite: {report['verdict']}",
+        "",
+        f"{where['device']}"
+        + (f", compute capability {where['compute_capability']}" if "compute_capability" in where else "")
+        + f"; torch {where['torch']}, triton {where['triton']}; {where['created_at']}.",
+        "",
+        "| part | verdict | cases | failed | largest share of the limit | s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in report["parts"]:
+        if entry["verdict"] == "not-run":
+            lines.append(f"| {entry['name']} | not run: {entry['reason']} | | | | |")
+        else:
+            share = entry.get("largest_share_of_the_limit")
+            shown = f"{share:.2f}" if share is not None else ""
+            lines.append(
+                f"| {entry['name']} | {entry['verdict']} | {entry.get('cases', '')} | {entry.get('failed', '')} | {shown} | {entry.get('seconds', '')} |"
+            )
+    failures = [
+        f"- {entry['name']}: {row['case']}: {row.get('error')}"
+        for entry in report["parts"]
+        for row in entry.get("rows", [])
+        if row["verdict"] == "fail"
+    ]
+    return "\n".join([*lines, *(["", "Failed:", *failures] if failures else []), ""])
+
+
+def main() -> int:
+    """Command line; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--report", type=Path, help="folder to write to (default: reports/gpu, of a rehearsal build/gpu-rehearsal)"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="run on the CPU, to try the suite itself")
+    args = parser.parse_args()
+    if not args.rehearse and not torch.cuda.is_available():
+        print("no usable NVIDIA GPU: not run\nhint: --rehearse tries the suite itself on the CPU", file=sys.stderr)
+        return 3
+    device = "cpu" if args.rehearse else "cuda"
+    parts = [
+        part("kernels, compiled by Triton here", device, lambda: triton_ops(args.rehearse)),
+        part("library, enqueue, cache aliased", device, lambda: enqueue_ops(args.rehearse, True)),
+        part("library, enqueue, cache copied", device, lambda: enqueue_ops(args.rehearse, False)),
+        engine_part(),
+    ]
+    ran = [entry for entry in parts if entry["verdict"] != "not-run"]
+    verdict = "fail" if not ran or any(entry["verdict"] == "fail" for entry in ran) else "pass"
+    report = {"schema_version": SCHEMA_VERSION, "verdict": verdict, "rehearsal": args.rehearse,
+              "environment": environment(args.rehearse), "parts": parts}  # fmt: skip
+    folder = args.report or ROOT / ("build/gpu-rehearsal" if args.rehearse else "reports/gpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = (
+        datetime.date.today().isoformat()
+        + "-"
+        + report["environment"]["device"].split("(")[0].strip().replace(" ", "-").lower()
+    )
+    (folder / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{stem}.md").write_text(markdown(report), encoding="utf-8")
+    print(markdown(report))
+    return 0 if verdict == "pass" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
