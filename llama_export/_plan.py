@@ -13,13 +13,22 @@ graph per profile as text, where a cache in both lists is one buffer, updated in
     descriptors {
       tensor={ alignment=16 dims={ "__mye3606_proxy.1" 2 512 64 } ... name="present.0.key.1" ... type=half }
 
+A plugin layer lies outside these graphs, or within one, but always with a record of its own: tagged strings (64-bit
+length twice, text) that give its input tensors, output tensors, name, op type, version, namespace, then each field's
+name, type and bytes, and ``V3ONE``. There is one record per layer and profile. The plan does not say that a plugin's
+output shares an input's buffer; the plugin does (:mod:`llama_export.engine` makes sure of it before the build), and the
+plan shows that no copy was put between the two.
+
 The format is undocumented, so only the versions it was seen in are read. Used by :mod:`llama_export.engine` only.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llama_export.kv_cache import present_name
@@ -32,6 +41,14 @@ _READABLE_PLANS = {"tensorrt-rtx": "1.7."}
 _GRAPH_TEXT = re.compile(rb"header \{\n  version = \d[^\0]*")
 _TENSOR_LINE = re.compile(r'^  tensor=\{.*? dims=\{ (.*?) \}.*? name="([^"]*)".* type=(\w+) \}', re.MULTILINE)
 _SUFFIXES = {"prefill": "", "decode": " [profile 1]"}
+_STRING = re.compile(rb"\x13\x80\x01\x00(.{8})\x01\x80\x0c\x80\x01\x00(.{8})", re.DOTALL)
+_DIMS = re.compile(rb"\x59\x80\x01\x00\x07\x80\x01\x00(.{4})\x01\x80\x09\x80\x01\x00(.{8})", re.DOTALL)
+_FIELD_VALUE = b"\x01\x80\x03\x80\x01\x00"
+"""Stands before the 64-bit length and the bytes of a field's value."""
+_FIELD_TYPES = {"INT32": "<i", "FP32": "<f"}
+_ATTENTION = "LlamaAttention"
+_DTYPE_FIELDS = {"float32": 0, "float16": 1, "bfloat16": 7}
+"""``nvinfer1::DataType``: what a plugin stores as its field ``dtype``."""
 _TYPES = {"float32": "float", "float16": "half", "bfloat16": "bf16"}
 
 
@@ -41,8 +58,15 @@ def is_readable(sidecar: Mapping[str, Any]) -> bool:
     return prefix is not None and sidecar["backend_version"].startswith(prefix)
 
 
-def read_plan(plan: Buffer, sidecar: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def read_plan(
+    plan: Buffer, sidecar: Mapping[str, Any], attributes: Mapping[str, Mapping[str, int | float]]
+) -> tuple[dict[str, Any], list[str]]:
     """What a plan says of itself, and how that differs from its sidecar.
+
+    Args:
+        plan: the engine file's bytes.
+        sidecar: what it should be.
+        attributes: op -> attribute -> value of every plugin layer of the op.
 
     Returns:
         ``compute_capabilities`` and ``forward_compatible``, and the differences.
@@ -54,21 +78,143 @@ def read_plan(plan: Buffer, sidecar: Mapping[str, Any]) -> tuple[dict[str, Any],
             if re.search(re.escape(len(name).to_bytes(8, "little") + name), plan) is None:
                 problems.append(f"the {profile} profile has no {entry['kind']} `{entry['name']}`")
     graphs = [match.group().decode("utf-8", "replace") for match in _GRAPH_TEXT.finditer(plan)]
-    caches = [entry for entry in sidecar["io"] if entry["alias_of"] is not None]
-    for profile, suffix in _SUFFIXES.items():
-        marked = f'"{present_name(0, "key")}{suffix}.1"'
-        graph = next((text for text in graphs if marked in _line(text, "outputs")), None)
-        if graph is None:
-            problems.append(f"the {profile} profile has no graph that writes the cache")
-        else:
-            problems += [f"{profile}: {problem}" for problem in _graph_problems(graph, caches, suffix, sidecar)]
     main = [graph for graph in graphs if _line(graph, "tf32")]
+    caches = [entry for entry in sidecar["io"] if entry["alias_of"] is not None]
+    records, copies = _plugin_records(plan) if sidecar["plugin_layers"] else ([], [])
+    problems += _record_problems(records, sidecar, attributes)
+    if _ATTENTION in sidecar["plugin_layers"]:
+        problems += [problem for graph in main for problem in _tf32_problems(graph, sidecar)]
+        problems += _plugin_cache_problems(records, copies, caches, sidecar)
+    else:
+        for profile, suffix in _SUFFIXES.items():
+            marked = f'"{present_name(0, "key")}{suffix}.1"'
+            graph = next((text for text in graphs if marked in _line(text, "outputs")), None)
+            if graph is None:
+                problems.append(f"the {profile} profile has no graph that writes the cache")
+            else:
+                problems += [f"{profile}: {problem}" for problem in _graph_problems(graph, caches, suffix, sidecar)]
     targets = {name for graph in main for name in re.findall(r"sm(\d+)", _line(graph, "accelerators"))}
     forward = {_line(graph, "hardware_forward_compatibility") for graph in main}
     if not targets:
         problems.append("the plan names no GPU")
     capabilities = [f"{int(target) // 10}.{int(target) % 10}" for target in sorted(targets, key=int)]
     return {"compute_capabilities": capabilities, "forward_compatible": forward == {"1"}}, problems
+
+
+# ---- plugin layers ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """One plugin layer of one profile."""
+
+    op: str
+    version: str
+    namespace: str
+    fields: Mapping[str, int | float]
+    before: Sequence[tuple[str, tuple[int, ...]]]
+    """The strings that precede the op type, and the dimensions that follow each: tensors, layer name, metadata."""
+
+
+def _strings(plan: Buffer) -> Iterator[tuple[str, int]]:
+    """(text, position after it) of every tagged string."""
+    for match in _STRING.finditer(plan):
+        length = int.from_bytes(match[1], "little")
+        if match[1] == match[2] and length <= 1 << 16:
+            yield _bytes(plan, match.end(), match.end() + length).decode("utf-8", "replace"), match.end() + length
+
+
+def _bytes(plan: Buffer, begin: int, end: int) -> bytes:
+    """A copy of a part; TensorRT's own memory cannot be sliced."""
+    return bytes(memoryview(plan)[begin:end])
+
+
+def _plugin_records(plan: Buffer) -> tuple[list[_Record], list[str]]:
+    """Every plugin layer, and the names of the layers that only copy or reformat a tensor."""
+    strings = list(_strings(plan))
+    records = []
+    for last, (text, _) in enumerate(strings):
+        if text != "V3ONE":
+            continue
+        fields: dict[str, int | float] = {}
+        at = last - 2
+        while at >= 0 and strings[at + 1][0] in _FIELD_TYPES:
+            kind, end = strings[at + 1]
+            value = _bytes(plan, end, end + len(_FIELD_VALUE) + 12)
+            if value.startswith(_FIELD_VALUE):
+                fields[strings[at][0]] = struct.unpack_from(_FIELD_TYPES[kind], value, len(_FIELD_VALUE) + 8)[0]
+            at -= 2
+        # Now strings[at - 1 : at + 2] are op type, version, namespace.
+        if at >= 1:
+            op, version, namespace = (strings[at - 1 + step][0] for step in range(3))
+            begin = max(0, at - 12)
+            before = [
+                (strings[index][0], _dims(_bytes(plan, strings[index][1], strings[index + 1][1])))
+                for index in range(begin, at - 1)
+            ]
+            records.append(_Record(op, version, namespace, fields, before))
+    return records, [text for text, _ in strings if "CopyNode" in text]
+
+
+def _dims(tail: bytes) -> tuple[int, ...]:
+    """The last dimensions in what follows a tensor's name; a number below zero is one of the profile's."""
+    found = list(_DIMS.finditer(tail))
+    if not found:
+        return ()
+    rank = int.from_bytes(found[-1][1], "little")
+    values = tail[found[-1].end() : found[-1].end() + 8 * rank]
+    return struct.unpack(f"<{rank}q", values) if len(values) == 8 * rank else ()
+
+
+def _record_problems(
+    records: Sequence[_Record], sidecar: Mapping[str, Any], attributes: Mapping[str, Mapping[str, int | float]]
+) -> list[str]:
+    """Which plugins the plan calls, how often, and with which attributes."""
+    counts = Counter(record.op for record in records)
+    expected = {op: count * len(_SUFFIXES) for op, count in sidecar["plugin_layers"].items()}
+    problems = [
+        f"{counts[op]} plugin layers {op} in {len(_SUFFIXES)} profiles, expected {expected.get(op, 0)}"
+        for op in sorted({*counts, *expected})
+        if counts[op] != expected.get(op, 0)
+    ]
+    for record in records:
+        want = {**attributes.get(record.op, {}), "dtype": _DTYPE_FIELDS[sidecar["dtype"]]}
+        if dict(record.fields) != want:
+            problems.append(f"plugin {record.op} has {dict(record.fields)}, expected {want}")
+        if (record.version, record.namespace) != ("1", ""):
+            problems.append(f"plugin {record.op} is version {record.version} in namespace `{record.namespace}`")
+    return list(dict.fromkeys(problems))
+
+
+def _plugin_cache_problems(
+    records: Sequence[_Record], copies: Sequence[str], caches: Sequence[Mapping[str, Any]], sidecar: Mapping[str, Any]
+) -> list[str]:
+    """Every cache goes into and comes out of its own layer's plugin, with its shape, and nothing copies it."""
+    problems = [f"`{copy}` copies a cache" for copy in copies if "past_key_values." in copy or "present." in copy]
+    # The last strings before the op type: inputs 5 to 7, the three outputs, the layer's name, metadata.
+    written = {record.before[-3][0]: record.before[-8:] for record in records if len(record.before) >= 8}
+    by_name = {entry["name"]: entry for entry in caches}
+    for profile, suffix in _SUFFIXES.items():
+        for layer in range(sidecar["plugin_layers"][_ATTENTION]):
+            names = [present_name(layer, part) for part in ("key", "value")]
+            found = written.get(names[1] + suffix)
+            if found is None:
+                problems.append(f"the {profile} profile has no plugin that writes `{names[1]}`")
+                continue
+            past_key, past_value, past_length, _, present_key, present_value = found[:6]
+            if "past_length" not in past_length[0]:
+                problems.append(f"{profile}: layer {layer} is written at `{past_length[0]}`")
+            for past, present, name in zip((past_key, past_value), (present_key, present_value), names, strict=True):
+                entry = by_name[name]
+                if (past[0], present[0]) != (entry["alias_of"] + suffix, name + suffix):
+                    problems.append(f"{profile}: `{present[0]}` updates `{past[0]}`, expected `{entry['alias_of']}`")
+                for tensor, dims in (past, present):
+                    if list(dims[1:]) != entry["shape"][1:]:
+                        problems.append(f"{profile}: `{tensor}` is {list(dims)}, expected {entry['shape']}")
+    return problems
+
+
+# ---- graphs in text ---------------------------------------------------------------------------------------------
 
 
 def _line(graph: str, key: str) -> str:
@@ -80,10 +226,7 @@ def _graph_problems(
     graph: str, caches: Sequence[Mapping[str, Any]], suffix: str, sidecar: Mapping[str, Any]
 ) -> list[str]:
     """One compiled graph: TF32, and shape, dtype and place of every cache."""
-    problems = []
-    tf32 = str(int(sidecar["settings"]["tf32"]))
-    if _line(graph, "tf32") != tf32:
-        problems.append(f"tf32 is {_line(graph, 'tf32')}, expected {tf32}")
+    problems = _tf32_problems(graph, sidecar)
     tensors = {match[2]: (match[1].split(), match[3]) for match in _TENSOR_LINE.finditer(graph)}
     inputs, outputs = (re.findall(r'"([^"]*)"', _line(graph, key)) for key in ("inputs", "outputs"))
     for entry in caches:
@@ -94,3 +237,8 @@ def _graph_problems(
         if name not in inputs or name not in outputs:
             problems.append(f"`{entry['name']}` is not updated in place")
     return problems
+
+
+def _tf32_problems(graph: str, sidecar: Mapping[str, Any]) -> list[str]:
+    tf32 = str(int(sidecar["settings"]["tf32"]))
+    return [] if _line(graph, "tf32") == tf32 else [f"tf32 is {_line(graph, 'tf32')}, expected {tf32}"]

@@ -9,7 +9,13 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
+import os
+import platform
 import re
+import struct
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from llama_export.bundle import Progress
@@ -53,6 +59,122 @@ def load_onnx(backend: str) -> Any:
     except ModuleNotFoundError as err:
         raise MissingDependencyError("onnx", backend) from err
 
+
+# ---- the name under which TensorRT-RTX looks for itself -----------------------------------------------------------
+
+_CORE_NAME = "libtensorrt_rtx.so"
+"""What the ONNX parser passes to ``dlopen`` when it imports a plugin node."""
+_CORE_SYMBOL = "createInferBuilder_INTERNAL"
+"""Exported by the core library; used to prove that the name leads to the library that is already loaded."""
+_ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
+_PT_LOAD, _PT_DYNAMIC, _PT_GNU_STACK = 1, 2, 0x6474E551
+_DT_NULL, _DT_NEEDED, _DT_HASH, _DT_STRTAB, _DT_SYMTAB, _DT_STRSZ, _DT_SYMENT, _DT_SONAME = 0, 1, 4, 5, 6, 10, 11, 14
+_READ_WRITE = 6
+
+
+def ensure_core_library_name() -> None:
+    """Lets the parser of TensorRT-RTX open its core library by the name without a version.
+
+    Importing a plugin node, the parser calls ``dlopen("libtensorrt_rtx.so")``, but the wheel ships only
+    ``libtensorrt_rtx.so.1``; the miss ends in ``std::terminate``, which Python cannot catch. The dynamic loader compares
+    a name without a slash with the SONAMEs of what is loaded before it looks at any file. So an empty shared object with
+    that SONAME, whose one dependency is the library already in the process, makes the call succeed, with no file written
+    beside the wheel and no environment variable.
+
+    Call it after :func:`load_backend` and before a parse. Does nothing where the name is known already, nor off Linux.
+
+    Raises:
+        ToolchainError: no such library is loaded, or the loader does not take the stand-in.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    versioned = _loaded_library(_CORE_NAME)
+    try:
+        if versioned is None:
+            raise OSError(f"no {_CORE_NAME}.* is loaded")
+        core = ctypes.CDLL(versioned, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        try:
+            named = ctypes.CDLL(_CORE_NAME, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        except OSError:
+            _load_image(empty_shared_object(_CORE_NAME, Path(versioned).name, _ELF_MACHINES[platform.machine()]))
+            named = ctypes.CDLL(_CORE_NAME, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        ours, theirs = (ctypes.cast(getattr(item, _CORE_SYMBOL), ctypes.c_void_p).value for item in (core, named))
+        if ours != theirs:
+            raise OSError(f"`{_CORE_NAME}` names another library than the one that is loaded")
+    except (OSError, KeyError, AttributeError) as err:
+        raise ToolchainError(
+            f"TensorRT-RTX's parser cannot import plugin nodes: it would not find `{_CORE_NAME}`",
+            details={"got": err, "expected": f"{_CORE_NAME}.1 from the tensorrt-rtx wheels, on Linux with glibc"},
+            hint="pip install 'llama-export[tensorrt-rtx]', or build an engine without plugin layers: --ops native",
+        ) from err
+
+
+def _loaded_library(stem: str) -> str | None:
+    """Path of the library ``stem.N`` that is mapped into this process."""
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        found = re.search(rf"^\S+ \S+ \S+ \S+ \S+ +(.*/{re.escape(stem)}\.[0-9]+[0-9.]*)$", maps.read(), re.MULTILINE)
+    return None if found is None else found[1]
+
+
+def _load_image(image: bytes) -> None:
+    """Loads a shared object from memory, or from a temporary file where there is no memfd. It stays for good."""
+    try:
+        handle = os.memfd_create("llama-export", os.MFD_CLOEXEC)
+    except OSError:
+        with tempfile.NamedTemporaryFile(suffix=".so") as file:
+            file.write(image)
+            file.flush()
+            ctypes.CDLL(file.name)
+        return
+    try:
+        os.write(handle, image)
+        ctypes.CDLL(f"/proc/self/fd/{handle}")
+    finally:
+        os.close(handle)
+
+
+def empty_shared_object(soname: str, needed: str, machine: int) -> bytes:
+    """A 64-bit little-endian ELF shared object without code: a name, and one dependency.
+
+    Args:
+        soname: the name the loader will know it by.
+        needed: the library it depends on.
+        machine: ``e_machine`` of the header, e.g. 62 for x86-64.
+
+    Source: System V ABI, chapters 4 and 5 (https://refspecs.linuxfoundation.org/elf/gabi4+/contents.html).
+    """
+    header_size, segment_size, symbol_size, num_segments = 64, 56, 24, 3
+    strings = b"\0" + soname.encode() + b"\0" + needed.encode() + b"\0"
+    hash_table = struct.pack("<4I", 1, 1, 0, 0)  # one bucket, one chain entry: only the null symbol
+    symbols = bytes(symbol_size)
+
+    hash_at = header_size + num_segments * segment_size
+    symbols_at = hash_at + len(hash_table)
+    dynamic_at = symbols_at + len(symbols)
+    entries = (
+        (_DT_SONAME, 1), (_DT_NEEDED, 2 + len(soname)), (_DT_HASH, hash_at), (_DT_SYMTAB, symbols_at),
+        (_DT_SYMENT, symbol_size), (_DT_STRTAB, dynamic_at + 8 * 16), (_DT_STRSZ, len(strings)), (_DT_NULL, 0),
+    )  # fmt: skip
+    dynamic = b"".join(struct.pack("<QQ", *entry) for entry in entries)
+    size = dynamic_at + len(dynamic) + len(strings)
+
+    identification = b"\x7fELF" + bytes((2, 1, 1)) + bytes(9)
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", identification, 3, machine, 1, 0, header_size, 0, 0,
+        header_size, segment_size, num_segments, 0, 0, 0,
+    )  # fmt: skip
+
+    def segment(kind: int, flags: int, begin: int, length: int, alignment: int) -> bytes:
+        return struct.pack("<IIQQQQQQ", kind, flags, begin, begin, begin, length, length, alignment)
+
+    # Writable, because the loader stores the dynamic section's real addresses in it; never executable.
+    segments = segment(_PT_LOAD, _READ_WRITE, 0, size, 0x10000)
+    segments += segment(_PT_DYNAMIC, _READ_WRITE, dynamic_at, len(dynamic), 8)
+    segments += segment(_PT_GNU_STACK, _READ_WRITE, 0, 0, 16)
+    return header + segments + hash_table + symbols + dynamic + strings
+
+
+# ---- messages and progress ----------------------------------------------------------------------------------------
 
 _ROUTINE = re.compile(r"already exists, the output tensors|has Int64 binding|[Uu]nused|is unused or used only")
 """Warnings that every build gives: bodies repeat per layer, and most RoPE types do not read ``sequence_length``."""

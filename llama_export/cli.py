@@ -91,7 +91,13 @@ def export(
 @click.option(
     "--backend", type=click.Choice(BACKENDS), default="tensorrt-rtx", help="Which TensorRT builds the engine."
 )
-@click.option("--ops", default="native", help="native: TensorRT's own layers from the ONNX function bodies.")
+@click.option(
+    "--ops",
+    default="plugin",
+    metavar="plugin|native|OP=native,...",
+    help="Attention and norms by our plugin layers, or by TensorRT's own from the ONNX function bodies; or some of each: "
+    "LlamaRMSNorm=native,LlamaAddRMSNorm=native.",
+)
 @click.option(
     "--max-seq-len",
     type=int,
@@ -239,10 +245,11 @@ def validate(
     from rich.console import Console
 
     from llama_export.bundle import load_bundle
-    from llama_export.parity.report import print_summary, write_report
+    from llama_export.parity.report import print_summary, require_plots, write_report
     from llama_export.parity.stages import ValidateConfig, validate_bundle
 
     config = ValidateConfig(stages=_names(stages), require=_names(require), steps=steps)
+    require_plots()  # minutes of work must not end without the report
     found = validate_bundle(load_bundle(bundle, ignore_hashes=ignore_hashes), config, log=_log)
     files = write_report(found, report if report is not None else bundle / "report")
     if as_json:
@@ -337,6 +344,33 @@ def _lines(data: Any, prefix: str = "") -> Iterator[str]:
             yield from _lines(item, f"{prefix}[{index}]")
     else:
         yield f"{prefix}: {json.dumps(data, ensure_ascii=False)}"
+
+
+@cli.command()
+@click.option("--backend", type=click.Choice(BACKENDS), default="tensorrt-rtx", help="Which TensorRT is asked.")
+@_json_flag
+def plugins(backend: Any, as_json: bool) -> None:
+    """List the installed plugin library: creators with their fields, chips, kernels."""
+    from llama_export.engine import installed_plugins
+
+    data = installed_plugins(backend)
+    chips = ", ".join(data["chips"])
+    portable = f"; PTX from {data['portable_from']} on" if data["portable_from"] else ""
+    lines = [
+        f"library  {data['library']}",
+        f"         version {data['version']}, ABI {data['abi']}, {data['bytes']:,} bytes, sha256 {data['sha256'][:16]}...",
+        f"chips    compute capability {chips}{portable}",
+        f"kernels  {data['variants']} compiled: "
+        + ", ".join(f"{count} {name}" for name, count in data["kernels"].items()),
+    ]
+    if data["creators"] is None:
+        lines.append(f"plugins  not listed: {backend} is not installed")
+    for creator in data["creators"] or ():
+        fields = ", ".join(f"{name} {kind}" for name, kind in creator["fields"].items())
+        lines.append(
+            f'plugin   {creator["name"]} version {creator["version"]}, namespace "{creator["namespace"]}": {fields}'
+        )
+    _print(data, as_json, "\n".join(lines))
 
 
 @cli.command()

@@ -25,6 +25,8 @@ Backend = Literal["tensorrt-rtx", "tensorrt"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 WeightsMode = Literal["auto", "link", "copy"]
 WEIGHTS_MODES: tuple[str, ...] = get_args(WeightsMode)
+CUSTOM_OPS = ("LlamaRMSNorm", "LlamaAddRMSNorm", "LlamaAttention")
+"""The graph's ops that an engine computes by a plugin or by TensorRT's own layers; must equal ``ops.OP_SPECS``."""
 TASK = "causal-lm"
 
 SUPPORTED_ROPE_TYPES = ("default", "llama3")
@@ -181,8 +183,9 @@ class EngineConfig:
 
     backend: Backend = "tensorrt-rtx"
     """Which TensorRT builds and later runs the engine."""
-    ops: str = "native"
-    """``native``: TensorRT's own layers from the ONNX function bodies."""
+    ops: str = "plugin"
+    """``plugin``: our plugin layers. ``native``: TensorRT's own layers from the ONNX function bodies.
+    ``OP=native,...``: these ops native, the others by plugins. Kept in one spelling, sorted."""
     max_seq_len: int | None = None
     """KV-cache capacity in tokens, fixed at build; None: min(max_position_embeddings, 4096)."""
     max_batch: int = 4
@@ -196,12 +199,28 @@ class EngineConfig:
         _check(self.backend in BACKENDS, "backend", self.backend, " | ".join(BACKENDS))
         _check(self.max_seq_len is None or self.max_seq_len >= 2, "max_seq_len", self.max_seq_len, "at least 2 tokens")
         _check(1 <= self.max_batch < 2**31, "max_batch", self.max_batch, "at least 1 row, fewer than 2^31")
-        if self.ops != "native":
-            raise ConfigError(
-                f"unknown value for ops: {self.ops}",
-                details={"got": self.ops, "expected": "native"},
-                hint="this version builds engines from TensorRT's native layers: --ops native",
-            )
+        native = _native_ops(self.ops)
+        spelling = "native" if len(native) == len(CUSTOM_OPS) else ",".join(f"{op}=native" for op in sorted(native))
+        object.__setattr__(self, "ops", spelling or "plugin")
+
+    @property
+    def plugin_ops(self) -> frozenset[str]:
+        """The ops that become plugin layers."""
+        return frozenset(CUSTOM_OPS) - _native_ops(self.ops)
+
+
+def _native_ops(ops: str) -> frozenset[str]:
+    """The ops that ``--ops`` leaves to TensorRT's own layers."""
+    if ops in ("plugin", "native"):
+        return frozenset(CUSTOM_OPS) if ops == "native" else frozenset()
+    parts = [part.partition("=") for part in ops.split(",")] if isinstance(ops, str) else []
+    if not parts or any(op not in CUSTOM_OPS or how != "native" for op, _, how in parts):
+        raise ConfigError(
+            f"unknown value for ops: {ops}",
+            details={"got": ops, "expected": "plugin | native | OP=native,..."},
+            hint="the ops are " + ", ".join(CUSTOM_OPS) + ", for example --ops LlamaRMSNorm=native",
+        )
+    return frozenset(op for op, _, _ in parts)
 
 
 def load_config(folder: Path, allow_keys: Collection[str] = ()) -> LlamaConfig:

@@ -1,16 +1,19 @@
 """Bundle -> TensorRT engine, and everything that can be said about an engine without a GPU.
 
 Role: ``model.onnx`` goes in with a fixed cache capacity, ``engines/NAME.engine`` and its sidecar ``NAME.json`` come
-out. The graph's function bodies become TensorRT's own layers (``ops = native``). Needs neither torch nor our op table:
-the ops are in the file. The graph's inputs and outputs are those of :mod:`llama_export.export`, with C a number.
+out. The graph's custom ops become our plugin layers (``ops = plugin``), or their function bodies become TensorRT's own
+layers (``native``), or some of each. Needs neither torch nor our op table: the ops are in the file. The graph's inputs
+and outputs are those of :mod:`llama_export.export`, with C a number.
 
 What is proven here, on any machine:
 
-* the *network* before the build: inputs and outputs, layer counts, every cache output is the in-place update of its own
-  input at ``past_length``, every attention reads those caches and has an explicit mask;
+* the *network* before the build: inputs and outputs, layer counts, that each op's nodes became plugin layers or did not,
+  every cache output is the in-place update of its own input at ``past_length``, every attention reads those caches and,
+  where it is TensorRT's own, has an explicit mask;
 * the *plan* after the build (TensorRT-RTX 1.7, whose serialised graphs are readable text): the names of all inputs and
-  outputs in both profiles, shape and dtype of every cache, that it is updated in place, TF32, the GPUs it runs on;
-* the *file* later: its hash, the hash of the graph it was built from, and all of the above again.
+  outputs in both profiles, shape and dtype of every cache, that it is updated in place, the plugins and their
+  attributes, TF32, the GPUs it runs on;
+* the *file* later: its hash, the hash of the graph it was built from, its plugin library, and all of the above again.
 
 What is not: the numbers. :class:`EngineSession` runs an engine and has itself not been run on a GPU.
 
@@ -27,7 +30,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +38,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_export import __version__
+from llama_export import __version__, plugins
 from llama_export._plan import is_readable, read_plan
 from llama_export._process import peak_rss_bytes
 from llama_export._tensorrt import (
+    ensure_core_library_name,
     execution_blocker,
     gpu_compute_capability,
     load_backend,
@@ -57,11 +61,12 @@ from llama_export.bundle import (
     write_atomically,
     write_error,
 )
-from llama_export.config import EngineConfig, LlamaConfig, load_json_object
+from llama_export.config import CUSTOM_OPS, EngineConfig, LlamaConfig, float32_value, load_json_object
 from llama_export.errors import (
     ArtifactMismatchError,
     ConfigError,
     EngineBuildError,
+    MissingDependencyError,
     ShapeError,
     ToolchainError,
 )
@@ -78,9 +83,10 @@ __all__ = [
     "check_engine",
     "execution_blocker",
     "inspect_engine",
+    "installed_plugins",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of the sidecar."""
 DEFAULT_CAPACITY = 4096
 """Cache capacity in tokens when none is asked for and the model allows more."""
@@ -89,6 +95,12 @@ MAX_LOGITS = 256
 PREFILL, DECODE = "prefill", "decode"
 PROFILES = (PREFILL, DECODE)
 """In the order of the engine's optimization profiles."""
+_DOMAIN = "llama_export"
+"""Of the graph's custom ops; must equal ``ops.DOMAIN``."""
+_ATTENTION = "LlamaAttention"
+_PAST_KEY, _PAST_VALUE, _PAST_LENGTH = 5, 6, 7
+_PRESENT_KEY, _PRESENT_VALUE = 1, 2
+"""Inputs and outputs of ``LlamaAttention``, in the order of ``ops/attention.py``."""
 
 Profiles = dict[str, dict[str, list[list[int]]]]
 """Profile -> input -> [min, opt, max] shape."""
@@ -127,6 +139,10 @@ class EngineFacts:
     """Largest B of both profiles."""
     layers: Mapping[str, int]
     """TensorRT layer type -> count in the network, before fusion."""
+    plugin_layers: Mapping[str, int]
+    """op -> layers of our plugins; empty for ``native``."""
+    plugin_library: Mapping[str, Any] | None
+    """``version``, ``abi`` and ``sha256`` of the library it was built with; None for ``native``."""
     compute_capabilities: tuple[str, ...]
     """GPUs it was compiled for, e.g. ``8.0``."""
     forward_compatible: bool
@@ -137,12 +153,14 @@ class EngineFacts:
     @property
     def metrics(self) -> dict[str, float | int | str]:
         """Flat numbers for a report."""
+        attentions = self.plugin_layers.get(_ATTENTION, 0)
         return {
             "bytes": self.bytes,
             "kv_cache_capacity": self.kv_cache_capacity,
             "max_batch": self.max_batch,
-            "in_place_cache_updates": self.layers["KV_CACHE_UPDATE"],
-            "attention_layers": self.layers["ATTENTION_INPUT"],
+            "in_place_cache_updates": self.layers.get("KV_CACHE_UPDATE", 0) + 2 * attentions,
+            "attention_layers": self.layers.get("ATTENTION_INPUT", 0) + attentions,
+            "plugin_layers": ", ".join(f"{count} {op}" for op, count in self.plugin_layers.items()) or "none",
             "compute_capabilities": " ".join(self.compute_capabilities)
             + (" and later ones it supports" if self.forward_compatible else ""),
             "not_checked": "; ".join(self.not_checked),
@@ -174,7 +192,8 @@ def build_engine(
         ConfigError: an engine of this name exists and ``config.force`` is off.
         ShapeError: a capacity beyond ``max_position_embeddings``.
         MissingDependencyError: the backend's extra is not installed.
-        ToolchainError: the backend is too old, has no GPU to build on, or the disk is full.
+        ToolchainError: the backend is too old, has no GPU to build on, or the disk is full; or the plugin library is not
+            installed, is not this package's, or does not serve an op of this model.
         EngineBuildError: the parser or builder refused, or made something else than the config implies. Nothing is left
             behind.
     """
@@ -192,6 +211,7 @@ def build_engine(
             "TensorRT builds on the GPU it builds for", details={"reason": blocker}, hint="--backend tensorrt-rtx"
         )
     onnx = load_onnx(config.backend)
+    library = plugins.find_library() if config.plugin_ops else None
 
     start = time.perf_counter()
     log(
@@ -200,11 +220,16 @@ def build_engine(
     )
     messages = message_log(trt)
     builder = trt.Builder(messages)
-    proto = tensorrt_proto(onnx, bundle, capacity)
+    if library is not None:
+        _load_plugins(trt, library, bundle, config)
+    proto = tensorrt_proto(onnx, bundle, capacity, config.plugin_ops)
     # The parser keeps weights by reference into memory that it owns, so it must live as long as the network.
-    network, parser = _parse(trt, builder, proto, bundle.model_path, messages)
-    layers = _check_network(trt, network, bundle, capacity)
+    network, parser = _parse(trt, builder, proto, bundle.model_path, messages, library)
+    layers, plugin_layers = _check_network(trt, network, proto, bundle, capacity, config.plugin_ops)
     log(f"build: parsed {network.num_layers} layers in {time.perf_counter() - start:.1f} s, network checked")
+    if library is not None:
+        counts = ", ".join(f"{count} {op}" for op, count in plugin_layers.items())
+        log(f"build: plugin layers: {counts}; library {library.version}")
     profiles = engine_profiles(bundle.config, capacity, config.max_batch)
     plan = _serialize(trt, builder, network, config, profiles, messages, progress)
     del parser
@@ -216,7 +241,8 @@ def build_engine(
         "backend": config.backend,
         "backend_version": trt.__version__,
         "ops": config.ops,
-        "plugin_library": None,
+        "plugin_layers": plugin_layers,
+        "plugin_library": None if library is None else library.identity,
         "onnx_sha256": sha256_of_file(bundle.model_path),
         "engine_sha256": hashlib.sha256(plan).hexdigest(),
         "bytes": plan.nbytes,
@@ -229,14 +255,14 @@ def build_engine(
         "settings": {
             "tf32": config.tf32,
             "strongly_typed": True,
-            "decomposable_attention": may_decompose(bundle.dtype),
+            "decomposable_attention": may_decompose(bundle.dtype, config.plugin_ops),
         },
         "compute_capabilities": [],
         "forward_compatible": False,
         "build_seconds": round(seconds, 3),
     }
     if is_readable(sidecar):
-        facts, problems = read_plan(plan, sidecar)
+        facts, problems = read_plan(plan, sidecar, plugin_attributes(bundle.config))
         if problems:
             raise EngineBuildError(
                 "the builder made an engine that is not what the config implies",
@@ -246,13 +272,16 @@ def build_engine(
         sidecar |= facts
     else:
         sidecar["compute_capabilities"] = [gpu_compute_capability()]
+    if library is not None:
+        for compute_capability in sidecar["compute_capabilities"]:
+            plugins.check_chip(library, compute_capability)
     _write(target, plan, sidecar)
     log(f"build: done in {seconds:.1f} s, {plan.nbytes:,} bytes, {ENGINES_NAME}/{target.name}")
     return EngineResult(
         engine=str(target),
         backend=config.backend,
         ops=config.ops,
-        plugin_layers={},
+        plugin_layers=plugin_layers,
         bytes=plan.nbytes,
         seconds=round(seconds, 3),
         peak_rss_bytes=peak_rss_bytes(),
@@ -276,9 +305,11 @@ def resolve_capacity(config: LlamaConfig, max_seq_len: int | None) -> int:
 
 
 def engine_name(dtype: str, config: EngineConfig, capacity: int) -> str:
-    """File name that tells engines of one bundle apart."""
+    """File name that tells engines of one bundle apart: ``float16-plugin-c4096-b4.tensorrt-rtx.engine``."""
     tf32 = "-tf32" if config.tf32 else ""
-    return f"{dtype}-{config.ops}-c{capacity}-b{config.max_batch}{tf32}.{config.backend}.engine"
+    native = sorted(set(CUSTOM_OPS) - config.plugin_ops)
+    ops = config.ops if config.ops in ("plugin", "native") else f"plugin-without-{'-'.join(native)}"
+    return f"{dtype}-{ops}-c{capacity}-b{config.max_batch}{tf32}.{config.backend}.engine"
 
 
 def engine_io(bundle: Bundle, capacity: int) -> list[dict[str, Any]]:
@@ -310,40 +341,73 @@ def engine_profiles(config: LlamaConfig, capacity: int, max_batch: int) -> Profi
     }
 
 
-def expected_layers(config: LlamaConfig) -> dict[str, int]:
-    """TensorRT layer type -> count that the network of native ops must have. No other count is fixed."""
+def expected_layers(config: LlamaConfig, plugin_ops: Collection[str]) -> dict[str, int]:
+    """TensorRT layer type -> count that the network must have. No other count is fixed."""
     layers = config.num_hidden_layers
+    native_attentions = 0 if _ATTENTION in plugin_ops else layers
     return {
-        "KV_CACHE_UPDATE": 2 * layers,
-        "ROTARY_EMBEDDING": 2 * layers,
-        "ATTENTION_INPUT": layers,
-        "ATTENTION_OUTPUT": layers,
+        "KV_CACHE_UPDATE": 2 * native_attentions,
+        "ROTARY_EMBEDDING": 2 * native_attentions,
+        "ATTENTION_INPUT": native_attentions,
+        "ATTENTION_OUTPUT": native_attentions,
         "MATRIX_MULTIPLY": 7 * layers + 1,
-        "PLUGIN_V3": 0,
+        "PLUGIN_V3": sum(expected_plugin_layers(config, plugin_ops).values()),
     }
 
 
-def may_decompose(dtype: str) -> bool:
-    """Whether attention may become MatMul, Softmax, MatMul where TensorRT has no fused kernel.
+def expected_plugin_layers(config: LlamaConfig, plugin_ops: Collection[str]) -> dict[str, int]:
+    """op -> plugin layers: one attention a layer; the first norm has no sum before it, all others have."""
+    layers = config.num_hidden_layers
+    counts = {"LlamaAddRMSNorm": 2 * layers, _ATTENTION: layers, "LlamaRMSNorm": 1}
+    return {op: count for op, count in counts.items() if op in plugin_ops}
+
+
+def plugin_attributes(config: LlamaConfig) -> dict[str, dict[str, int | float]]:
+    """op -> attribute -> value that every plugin layer of the op must carry."""
+    norm = {"epsilon": float32_value(config.rms_norm_eps)}
+    return {
+        "LlamaRMSNorm": norm,
+        "LlamaAddRMSNorm": norm,
+        _ATTENTION: {
+            "num_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "scale": config.softmax_scale,
+        },
+    }
+
+
+def may_decompose(dtype: str, plugin_ops: Collection[str] = ()) -> bool:
+    """Whether TensorRT's own attention may become MatMul, Softmax, MatMul where it has no fused kernel.
 
     float32 has none, so there it must. In 16 bit it has one for every head_dim up to 256 (except for a single head with
     max_batch 1), and that keeps scores in float32, which a decomposition need not: better a build that fails than one
     that loses digits in silence.
     """
-    return dtype == "float32"
+    return dtype == "float32" and _ATTENTION not in plugin_ops
 
 
-def tensorrt_proto(onnx: Any, bundle: Bundle, capacity: int) -> Any:
+def tensorrt_proto(onnx: Any, bundle: Bundle, capacity: int, plugin_ops: Collection[str] = ()) -> Any:
     """``model.onnx`` as TensorRT wants it, in memory: C a number, decomposable attention where it is needed.
 
-    A symbolic C fails in the parser (KV_CACHE_UPDATE wants it static; a profile with min = max does not help).
+    A symbolic C fails in the parser (KV_CACHE_UPDATE wants it static; a profile with min = max does not help). Beside
+    plugin ops, an op that is to stay native gets another name, function and nodes alike, for which there is no plugin:
+    the parser prefers plugins to bodies for the whole graph or not at all.
     """
     proto = onnx.load(str(bundle.model_path), load_external_data=False)
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param == CAPACITY:
                 dim.dim_value = capacity
-    if may_decompose(bundle.dtype):
+    if plugin_ops:
+        native = {op: f"{op}Body" for op in CUSTOM_OPS if op not in plugin_ops}
+        for node in proto.graph.node:
+            if node.domain == _DOMAIN:
+                node.op_type = native.get(node.op_type, node.op_type)
+        for function in proto.functions:
+            if function.domain == _DOMAIN:
+                function.name = native.get(function.name, function.name)
+    if may_decompose(bundle.dtype, plugin_ops):
         for function in proto.functions:
             for node in function.node:
                 if node.op_type == "Attention":
@@ -352,14 +416,52 @@ def tensorrt_proto(onnx: Any, bundle: Bundle, capacity: int) -> Any:
     return proto
 
 
-def _parse(trt: Any, builder: Any, proto: Any, model_path: Path, messages: Any) -> tuple[Any, Any]:
+def _load_plugins(trt: Any, library: plugins.PluginLibrary, bundle: Bundle, config: EngineConfig) -> None:
+    """The library in TensorRT's registry, after all that can be known of it was found right."""
+    plugins.check_served(library, bundle.config, bundle.dtype, config.plugin_ops)
+    if config.backend == "tensorrt-rtx":
+        ensure_core_library_name()
+    plugins.check_creators(plugins.register_library(trt, library), config.plugin_ops, library)
+
+
+def installed_plugins(backend: str) -> dict[str, Any]:
+    """What ``llama-export plugins`` prints: the installed library, and what TensorRT finds in it.
+
+    Args:
+        backend: which TensorRT to ask; where it is not installed, ``creators`` is None.
+
+    Raises:
+        ToolchainError: no library, one that is not this package's, or one that TensorRT does not load.
+    """
+    library = plugins.find_library()
+    try:
+        trt = load_backend(backend)
+    except MissingDependencyError:
+        return plugins.describe_library(library, None)
+    return plugins.describe_library(library, plugins.register_library(trt, library))
+
+
+def _parse(
+    trt: Any, builder: Any, proto: Any, model_path: Path, messages: Any, library: plugins.PluginLibrary | None
+) -> tuple[Any, Any]:
     """(network, parser). The path, not a file at it, tells the parser where the weight files lie."""
     # TensorRT 11 knows no other typing and may drop the flag.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, messages)
+    if library is not None:
+        parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
+        plugins.take_library_error(library)  # an earlier parse may have left one
     if not parser.parse(proto.SerializeToString(), str(model_path.resolve())):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        refusal = None if library is None else plugins.take_library_error(library)
+        if refusal is not None:
+            op = next((op for op in CUSTOM_OPS if refusal.startswith(op)), _ATTENTION)
+            raise EngineBuildError(
+                "a plugin refused its node",
+                details={"reason": refusal, **_numbered("error", [_parser_error(error) for error in errors])},
+                hint=plugins.native_hint([op]),
+            )
         raise EngineBuildError(
             "TensorRT's parser refused the graph",
             details=_numbered("error", [_parser_error(error) for error in errors] or messages.lines()),
@@ -374,30 +476,62 @@ def _parser_error(error: Any) -> str:
     return f"node {error.node()} `{where}` ({error.node_operator()}), {error.code()}: {error.desc()}"
 
 
-def _check_network(trt: Any, network: Any, bundle: Bundle, capacity: int) -> dict[str, int]:
+def _check_network(
+    trt: Any, network: Any, proto: Any, bundle: Bundle, capacity: int, plugin_ops: Collection[str]
+) -> tuple[dict[str, int], dict[str, int]]:
     """The parsed network against the config: the last place where every layer can still be seen.
 
     Returns:
-        Layer type -> count.
+        Layer type -> count, and op -> count of the plugin layers.
 
     Raises:
         EngineBuildError: all differences.
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     counts = Counter(layer.type.name for layer in layers)
-    expected = expected_layers(bundle.config)
+    expected = expected_layers(bundle.config, plugin_ops)
     problems = [
         f"{counts[name]} layers {name}, expected {count}" for name, count in expected.items() if counts[name] != count
     ]
+    plugin_layers, plugin_problems = _plugin_problems(trt, layers, proto, bundle, plugin_ops)
+    problems += plugin_problems
     problems += _io_problems(network, engine_io(bundle, capacity))
-    problems += _cache_problems(trt, layers, bundle)
+    problems += _cache_problems(trt, layers, bundle, plugin_ops)
     if problems:
         raise EngineBuildError(
             "the parsed network is not what the config implies",
             details=_numbered("network", problems),
             hint="this is a bug or an untested TensorRT version: see `llama-export env`",
         )
-    return dict(sorted(counts.items()))
+    return dict(sorted(counts.items())), plugin_layers
+
+
+def _plugin_problems(
+    trt: Any, layers: Sequence[Any], proto: Any, bundle: Bundle, plugin_ops: Collection[str]
+) -> tuple[dict[str, int], list[str]]:
+    """Op -> plugin layers, and what is wrong with them. A node that misses its plugin is expanded in silence."""
+    nodes = {node.name: node.op_type for node in proto.graph.node if node.domain == _DOMAIN}
+    found: Counter[str] = Counter()
+    problems = []
+    for layer in layers:
+        if layer.type.name != "PLUGIN_V3":
+            continue
+        plugin = _plugin_of(trt, layer)
+        name = plugin.get_capability_interface(trt.PluginCapabilityType.CORE).plugin_name
+        found[name] += 1
+        if nodes.get(layer.name) != name:
+            problems.append(f"plugin layer `{layer.name}` is a {name}, the graph's node a {nodes.get(layer.name)}")
+    in_graph = Counter(op for op in nodes.values() if op in plugin_ops)
+    for op, count in expected_plugin_layers(bundle.config, plugin_ops).items():
+        if found[op] != count or in_graph[op] != count:
+            problems.append(f"{found[op]} plugin layers {op} from {in_graph[op]} nodes, expected {count}")
+    problems += [f"{count} plugin layers {op}, expected none" for op, count in found.items() if op not in plugin_ops]
+    return dict(sorted(found.items())), problems
+
+
+def _plugin_of(trt: Any, layer: Any) -> Any:
+    layer.__class__ = trt.IPluginV3Layer  # the bindings return the base class
+    return layer.plugin
 
 
 _TYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
@@ -421,7 +555,7 @@ def _io_problems(network: Any, expected: Sequence[Mapping[str, Any]]) -> list[st
 _PASS_THROUGH = ("CAST", "ELEMENTWISE", "SHUFFLE")
 
 
-def _cache_problems(trt: Any, layers: Sequence[Any], bundle: Bundle) -> list[str]:
+def _cache_problems(trt: Any, layers: Sequence[Any], bundle: Bundle, plugin_ops: Collection[str]) -> list[str]:
     """Every cache is updated in place from its own input at ``past_length``, and read by its own layer's attention."""
     producers = {layer.get_output(slot).name: layer for layer in layers for slot in range(layer.num_outputs)}
 
@@ -439,6 +573,8 @@ def _cache_problems(trt: Any, layers: Sequence[Any], bundle: Bundle) -> list[str
                 pending += [producer.get_input(slot) for slot in range(producer.num_inputs)]
         return found
 
+    if _ATTENTION in plugin_ops:
+        return _plugin_cache_problems(layers, bundle, sources)
     updates, attentions = {}, []
     for layer in layers:
         if layer.type.name == "KV_CACHE_UPDATE":
@@ -469,6 +605,33 @@ def _cache_problems(trt: Any, layers: Sequence[Any], bundle: Bundle) -> list[str
     return problems
 
 
+def _plugin_cache_problems(layers: Sequence[Any], bundle: Bundle, sources: Callable[[Any], set[str]]) -> list[str]:
+    """The plugin attention of layer i reads and writes the caches of layer i, at ``past_length``."""
+    writers = {
+        layer.get_output(slot).name: (layer, slot)
+        for layer in layers
+        if layer.type.name == "PLUGIN_V3"
+        for slot in range(layer.num_outputs)
+    }
+    inputs_of = {_PRESENT_KEY: _PAST_KEY, _PRESENT_VALUE: _PAST_VALUE}
+    problems = []
+    for index in range(bundle.config.num_hidden_layers):
+        key, value = (writers.get(present_name(index, part), (None, None))[0] for part in ("key", "value"))
+        if key is not value:
+            problems.append(f"attention {index}: key and value are written by different layers")
+    for past, present in cache_names(bundle.config.num_hidden_layers):
+        layer, slot = writers.get(present, (None, None))
+        wanted = _PRESENT_KEY if present.endswith(".key") else _PRESENT_VALUE
+        if layer is None or slot != wanted or layer.num_inputs <= _PAST_LENGTH:
+            problems.append(f"`{present}` is not output {wanted} of a {_ATTENTION} plugin")
+            continue
+        if layer.get_input(inputs_of[slot]).name != past:
+            problems.append(f"`{present}` updates `{layer.get_input(inputs_of[slot]).name}`, expected `{past}`")
+        if "past_length" not in sources(layer.get_input(_PAST_LENGTH)):
+            problems.append(f"`{present}` is not written at `past_length`")
+    return problems
+
+
 def _serialize(
     trt: Any, builder: Any, network: Any, config: EngineConfig, profiles: Profiles, messages: Any, progress: Progress
 ) -> Any:
@@ -480,13 +643,18 @@ def _serialize(
             profile.set_shape(name, smallest, usual, largest)
         if settings.add_optimization_profile(profile) < 0:
             raise EngineBuildError(
-                "TensorRT refused an optimization profile", details=_numbered("message", messages.lines())
+                "TensorRT refused an optimization profile",
+                details=_numbered("message", messages.lines()),
+                hint="choose another --max-seq-len or --max-batch",
             )
     # On by default: without this a float32 engine multiplies 10-bit mantissas.
     if config.tf32:
         settings.set_flag(trt.BuilderFlag.TF32)
     else:
         settings.clear_flag(trt.BuilderFlag.TF32)
+    if _ATTENTION in config.plugin_ops:
+        _check_aliasing(builder, network, settings, messages)
+        settings.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     monitor = progress_monitor(trt, progress)
     settings.progress_monitor = monitor
     plan = builder.build_serialized_network(network, settings)
@@ -499,6 +667,29 @@ def _serialize(
             hint=_NO_KERNEL if "dedicated kernel" in "".join(messages.lines()) else "see the messages above",
         )
     return plan
+
+
+_ALIASING_REFUSED = "Aliased I/O used by plugin"
+
+
+def _check_aliasing(builder: Any, network: Any, settings: Any, messages: Any) -> None:
+    """Asks TensorRT whether the attention plugin shares its cache's buffer: without permission it must be refused.
+
+    The refusal takes milliseconds. TensorRT's Python cannot ask the plugin itself (``get_aliased_input`` of 1.7 takes no
+    argument), and the plan does not say.
+    """
+    plan = builder.build_serialized_network(network, settings)
+    refused = any(_ALIASING_REFUSED in line for line in messages.kept)
+    if plan is not None or not refused:
+        raise EngineBuildError(
+            "the attention plugin does not update its cache in place",
+            details={
+                "got": "no buffer shared between past and present" if plan is not None else messages.lines()[-1],
+                "expected": f"`{_ALIASING_REFUSED}` from a build without permission",
+            },
+            hint="pip install --force-reinstall ./plugins, or --ops LlamaAttention=native",
+        )
+    messages.kept = [line for line in messages.kept if _ALIASING_REFUSED not in line]
 
 
 _NO_KERNEL = (
@@ -575,10 +766,15 @@ def check_engine(bundle: Bundle, engine_path: Path) -> EngineFacts:
     """
     sidecar = inspect_engine(engine_path)
     try:
-        problems, not_checked = _sidecar_problems(sidecar, bundle, engine_path), []
+        problems, not_checked = _sidecar_problems(sidecar, bundle, engine_path), list[str]()
+        if not problems and sidecar["plugin_library"] is not None:
+            try:
+                problems = library_problems(sidecar, plugins.find_library())
+            except ToolchainError as err:
+                not_checked.append(f"the plugin library: {err.message}")
         if not problems and is_readable(sidecar):
             with engine_path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-                plan_facts, problems = read_plan(plan, sidecar)
+                plan_facts, problems = read_plan(plan, sidecar, plugin_attributes(bundle.config))
             problems += [
                 f"{key}: got {sidecar[key]}, the plan says {value}"
                 for key, value in plan_facts.items()
@@ -603,6 +799,8 @@ def check_engine(bundle: Bundle, engine_path: Path) -> EngineFacts:
             kv_cache_capacity=sidecar["kv_cache_capacity"],
             max_batch=sidecar["max_batch"],
             layers=sidecar["layers"],
+            plugin_layers=sidecar["plugin_layers"],
+            plugin_library=sidecar["plugin_library"],
             compute_capabilities=tuple(sidecar["compute_capabilities"]),
             forward_compatible=sidecar["forward_compatible"],
             not_checked=tuple(not_checked),
@@ -632,23 +830,37 @@ def _sidecar_problems(sidecar: Mapping[str, Any], bundle: Bundle, engine_path: P
         "kv_cache_capacity": resolve_capacity(bundle.config, capacity),
         "io": engine_io(bundle, capacity),
         "profiles": engine_profiles(bundle.config, capacity, settings.max_batch),
-        "plugin_library": None,
+        "plugin_layers": expected_plugin_layers(bundle.config, settings.plugin_ops),
         "settings": {
             "tf32": settings.tf32,
             "strongly_typed": True,
-            "decomposable_attention": may_decompose(bundle.dtype),
+            "decomposable_attention": may_decompose(bundle.dtype, settings.plugin_ops),
         },
     }
     problems = [
         f"{key}: got {sidecar[key]}, expected {value}" for key, value in expected.items() if sidecar[key] != value
     ]
-    counts = expected_layers(bundle.config)
+    library = sidecar["plugin_library"]
+    if not settings.plugin_ops and library is not None:
+        problems.append(f"plugin_library: got {library}, expected None")
+    if settings.plugin_ops and set(library or ()) != {"version", "abi", "sha256"}:
+        problems.append(f"plugin_library: got {library}, expected version, abi and sha256")
+    counts = expected_layers(bundle.config, settings.plugin_ops)
     problems += [
         f"{sidecar['layers'].get(name, 0)} layers {name}, expected {count}"
         for name, count in counts.items()
         if sidecar["layers"].get(name, 0) != count
     ]
     return problems
+
+
+def library_problems(sidecar: Mapping[str, Any], library: plugins.PluginLibrary) -> list[str]:
+    """How the plugin library differs from the one the engine was built with."""
+    return [
+        f"plugin library {key}: got {library.identity[key]}, the engine was built with {value}"
+        for key, value in sidecar["plugin_library"].items()
+        if library.identity.get(key) != value
+    ]
 
 
 # ---- execution --------------------------------------------------------------------------------------------------
@@ -666,9 +878,10 @@ class EngineSession:
         batch_size: B, rows, at most the engine's ``max_batch``.
 
     Raises:
-        ArtifactMismatchError: the file is not an engine of this bundle.
+        ArtifactMismatchError: the file is not an engine of this bundle, or was built with another plugin library.
         ShapeError: more rows than the engine serves.
-        ToolchainError: this machine cannot run it, or TensorRT cannot load it; the reason is attached.
+        ToolchainError: this machine cannot run it, its plugin library is missing or lacks this GPU, or TensorRT cannot
+            load it; the reason is attached.
     """
 
     def __init__(self, bundle: Bundle, engine_path: Path, *, batch_size: int = 1) -> None:
@@ -685,11 +898,17 @@ class EngineSession:
             )
         if (blocker := execution_blocker(self.backend)) is not None:
             raise ToolchainError(
-                "this machine cannot run the engine", details={"engine": engine_path.name, "reason": blocker}
+                "this machine cannot run the engine",
+                details={"engine": engine_path.name, "reason": blocker},
+                hint="run it on a machine with a GPU that the backend supports; `llama-export run` uses the CPU",
             )
         trt, self._cuda = load_backend(self.backend), load_cuda_runtime(self.backend)
         self._messages = message_log(trt)
         self._runtime = trt.Runtime(self._messages)
+        if self.facts.plugin_library is not None:
+            library = plugins.find_library()
+            plugins.check_chip(library, gpu_compute_capability())
+            plugins.check_creators(plugins.register_library(trt, library), self.facts.plugin_layers, library)
         self._engine = self._runtime.deserialize_cuda_engine(engine_path.read_bytes())
         self._require(self._engine is not None, "load the engine")
         self._check_engine_io(bundle)
@@ -788,6 +1007,7 @@ class EngineSession:
             raise ShapeError(
                 "input_ids has the wrong shape",
                 details={"got": list(ids.shape), "expected": f"[{self.batch_size}, S >= 1]"},
+                hint="one row of token ids per row of the batch; pad shorter rows on the right",
             )
         if (
             index.ndim != 2
@@ -848,9 +1068,17 @@ class EngineSession:
         """A function of the CUDA runtime; its one result, if any."""
         status, *results = getattr(self._cuda, function)(*arguments)
         if int(status) != 0:
-            raise ToolchainError(f"{function} failed: CUDA error {int(status)}", details={"reason": status})
+            raise ToolchainError(
+                f"{function} failed: CUDA error {int(status)}",
+                details={"reason": status},
+                hint="see that the GPU is free and has enough memory: nvidia-smi",
+            )
         return results[0] if results else None
 
     def _require(self, ok: bool, what: str) -> None:
         if not ok:
-            raise ToolchainError(f"TensorRT could not {what}", details=_numbered("message", self._messages.lines()))
+            raise ToolchainError(
+                f"TensorRT could not {what}",
+                details=_numbered("message", self._messages.lines()),
+                hint="see the messages above, and `llama-export env` for the versions",
+            )

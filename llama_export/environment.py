@@ -20,7 +20,7 @@ _PACKAGES = (
         "tokenizers",
         "numpy",
     ),
-    *("tensorrt-rtx-cu13-libs", "tensorrt"),
+    *("tensorrt-rtx-cu13-libs", "tensorrt", "llama-export-plugins", "triton"),
 )
 
 

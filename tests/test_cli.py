@@ -33,7 +33,7 @@ from llama_export.parity import stages
 from llama_export.parity.result import ParityReport, Stage
 
 Capture = pytest.CaptureFixture[str]
-COMMANDS = ("export", "build", "run", "validate", "bench", "inspect", "env")
+COMMANDS = ("export", "build", "run", "validate", "bench", "inspect", "plugins", "env")
 HEAVY = (
     "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings",
     "polygraphy", "transformers", "matplotlib", "cuda", "numpy", "tokenizers", "rich", "jinja2",
@@ -170,11 +170,20 @@ def test_help_of_a_command_shows_its_argument_defaults_and_units(command: str, c
             "[default: auto]",
             "-o, --output",
         ],
-        "build": ["BUNDLE", "[tensorrt-rtx|tensorrt]", "[default: tensorrt-rtx]", "TOKENS", "ROWS", "[default: 4]"],
+        "build": [
+            "BUNDLE",
+            "[tensorrt-rtx|tensorrt]",
+            "[default: tensorrt-rtx]",
+            "TOKENS",
+            "ROWS",
+            "[default: 4]",
+            "[default: plugin]",
+        ],
         "run": ["BUNDLE", "--tokens 1,2,3", "--prompt TEXT", "--max-new-tokens TOKENS", "[default: 64; x>=1]"],
         "validate": ["BUNDLE", "--steps TOKENS", "[default: 32; x>=1]", "--require NAME,...", "--report DIR"],
         "bench": ["BUNDLE", "--prompt-tokens TOKENS", "[default: 128; x>=1]"],
         "inspect": ["PATH"],
+        "plugins": ["[tensorrt-rtx|tensorrt]", "creators"],
         "env": ["versions"],
     }[command]
     for fact in facts:
@@ -318,11 +327,20 @@ def test_build_prints_the_keys_of_the_contract(bundle: Path, capsys: Capture, mo
     }  # fmt: skip
     assert captured.err == "build: one stage\n"
     assert seen == {
-        "backend": "tensorrt-rtx", "ops": "native", "max_seq_len": 64, "max_batch": 2, "tf32": True, "force": True,
+        "backend": "tensorrt-rtx", "ops": "plugin", "max_seq_len": 64, "max_batch": 2, "tf32": True, "force": True,
         "bundle": bundle,
     }  # fmt: skip
     assert main(["build", str(bundle)]) == 0
     assert capsys.readouterr().out == "x.engine\n"
+
+
+def test_validate_without_matplotlib_says_so_before_the_work(
+    bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("llama_export.parity.stages.validate_bundle", None)
+    assert main(["validate", str(bundle)]) == 3
+    assert "llama-export[parity]" in capsys.readouterr().err
 
 
 def test_validate_prints_the_report_and_says_where_it_is(bundle: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -393,7 +393,11 @@ def test_unknown_weights_mode_is_refused(weights: Any) -> None:
         ({"max_seq_len": 1}, "1", "at least 2 tokens"),
         ({"max_batch": 0}, "0", "at least 1 row, fewer than 2^31"),
         ({"max_batch": 2**31}, "2147483648", "at least 1 row, fewer than 2^31"),
-        ({"ops": "plugin"}, "plugin", "native"),
+        ({"ops": "fast"}, "fast", "plugin | native | OP=native,..."),
+        ({"ops": "LlamaRMSNorm"}, "LlamaRMSNorm", "plugin | native | OP=native,..."),
+        ({"ops": "LlamaRMSNorm=plugin"}, "LlamaRMSNorm=plugin", "plugin | native | OP=native,..."),
+        ({"ops": "Softmax=native"}, "Softmax=native", "plugin | native | OP=native,..."),
+        ({"ops": ""}, "", "plugin | native | OP=native,..."),
     ],
 )
 def test_bad_engine_setting_is_refused(settings: dict[str, Any], got: str, expected: str) -> None:
@@ -401,3 +405,23 @@ def test_bad_engine_setting_is_refused(settings: dict[str, Any], got: str, expec
         EngineConfig(**settings)
     assert caught.value.details == {"got": got, "expected": expected}
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("ops", "kept", "plugins"),
+    [
+        ("plugin", "plugin", {"LlamaRMSNorm", "LlamaAddRMSNorm", "LlamaAttention"}),
+        ("native", "native", set()),
+        ("LlamaRMSNorm=native", "LlamaRMSNorm=native", {"LlamaAddRMSNorm", "LlamaAttention"}),
+        (
+            "LlamaRMSNorm=native,LlamaAddRMSNorm=native",
+            "LlamaAddRMSNorm=native,LlamaRMSNorm=native",
+            {"LlamaAttention"},
+        ),
+        ("LlamaRMSNorm=native,LlamaAddRMSNorm=native,LlamaAttention=native", "native", set()),
+    ],
+)
+def test_ops_have_one_spelling(ops: str, kept: str, plugins: set[str]) -> None:
+    config = EngineConfig(ops=ops)
+    assert config.ops == kept
+    assert config.plugin_ops == plugins

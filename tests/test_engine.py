@@ -39,7 +39,8 @@ from llama_export.runtime.session import OnnxRuntimeSession
 trt = pytest.importorskip("tensorrt_rtx_bindings")
 
 LAYERS, CAPACITY, POSITIONS = 2, 53, 128
-SMALL = EngineConfig(max_seq_len=CAPACITY, max_batch=3)
+SMALL = EngineConfig(ops="native", max_seq_len=CAPACITY, max_batch=3)
+"""Engines with plugin layers: tests/plugins/test_engine_plugins.py."""
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +131,7 @@ def test_result_and_callbacks(bundle: Bundle) -> None:
 
 def test_tf32_is_another_engine_and_is_seen_in_the_plan(own_engine: tuple[Bundle, Path]) -> None:
     bundle, _ = own_engine
-    tf32 = Path(build_engine(bundle, EngineConfig(max_seq_len=CAPACITY, max_batch=3, tf32=True)).engine)
+    tf32 = Path(build_engine(bundle, EngineConfig(ops="native", max_seq_len=CAPACITY, max_batch=3, tf32=True)).engine)
     check_engine(bundle, tf32)
     _edit_sidecar(tf32, lambda sidecar: sidecar["settings"].update(tf32=False))
     with pytest.raises(ArtifactMismatchError, match="tf32 is 1, expected 0"):
@@ -150,7 +151,7 @@ def test_an_existing_engine_is_replaced_only_by_force(own_engine: tuple[Bundle, 
         build_engine(bundle, SMALL)
     assert "--force" in str(caught.value.hint)
     assert path.stat().st_mtime_ns == before
-    build_engine(bundle, EngineConfig(max_seq_len=CAPACITY, max_batch=3, force=True))
+    build_engine(bundle, EngineConfig(ops="native", max_seq_len=CAPACITY, max_batch=3, force=True))
     check_engine(bundle, path)
     assert path.stat().st_mtime_ns > before
 
@@ -159,7 +160,7 @@ def test_missing_backends_name_their_extra(bundle: Bundle, monkeypatch: pytest.M
     for backend, module in (("tensorrt-rtx", "tensorrt_rtx_bindings"), ("tensorrt", "tensorrt")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(MissingDependencyError) as caught:
-            build_engine(bundle, EngineConfig(backend=backend))  # type: ignore[arg-type]
+            build_engine(bundle, EngineConfig(backend=backend, ops="native"))  # type: ignore[arg-type]
         assert caught.value.hint == f"pip install 'llama-export[{backend}]'"
 
 
@@ -175,7 +176,7 @@ def test_full_tensorrt_needs_a_gpu_and_says_what_it_did_not_check(
 ) -> None:
     """TensorRT-RTX stands in for the module: the two have one API, and this backend's own path is what is tested."""
     monkeypatch.setattr(engine, "load_backend", lambda backend: trt)
-    config = EngineConfig(backend="tensorrt", max_seq_len=CAPACITY)
+    config = EngineConfig(backend="tensorrt", ops="native", max_seq_len=CAPACITY)
     monkeypatch.setattr(_tensorrt, "_load_driver", lambda: None)
     with pytest.raises(ToolchainError, match="builds on the GPU it builds for"):
         build_engine(bundle, config)
@@ -269,7 +270,9 @@ def test_a_wrong_structure_is_not_built(
 def test_a_missing_layer_is_counted(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     right = engine.expected_layers
     monkeypatch.setattr(
-        engine, "expected_layers", lambda config: right(config) | {"KV_CACHE_UPDATE": 5, "PLUGIN_V3": 1}
+        engine,
+        "expected_layers",
+        lambda config, plugin_ops: right(config, plugin_ops) | {"KV_CACHE_UPDATE": 5, "PLUGIN_V3": 1},
     )
     with pytest.raises(EngineBuildError) as caught:
         build_engine(bundle, SMALL)
@@ -280,7 +283,7 @@ def test_a_missing_layer_is_counted(bundle: Bundle, monkeypatch: pytest.MonkeyPa
 def test_an_unexpected_input_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     right = engine.tensorrt_proto
 
-    def with_another_capacity(module: Any, bundle: Bundle, capacity: int) -> Any:
+    def with_another_capacity(module: Any, bundle: Bundle, capacity: int, *rest: Any) -> Any:
         return right(module, bundle, capacity - 1)
 
     monkeypatch.setattr(engine, "tensorrt_proto", with_another_capacity)
@@ -299,7 +302,9 @@ def test_parser_errors_are_attached_with_their_node(bundle: Bundle, monkeypatch:
 
 
 def test_builder_errors_are_attached(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "may_decompose", lambda dtype: False)  # float32 attention has no fused kernel
+    monkeypatch.setattr(
+        engine, "may_decompose", lambda dtype, plugin_ops=(): False
+    )  # float32 attention has no fused kernel
     with pytest.raises(EngineBuildError, match="builder refused the network") as caught:
         build_engine(bundle, SMALL)
     assert "is_decomposable" in str(caught.value)
@@ -376,7 +381,7 @@ def test_an_engine_of_another_dtype_is_refused(
         (lambda s: s.update(plugin_library="x.so"), "plugin_library"),
         (lambda s: s.update(max_batch="three"), "holds a wrong one"),
         (lambda s: s.pop("io"), "lacks a field"),
-        (lambda s: s.update(schema_version=2), "schema version"),
+        (lambda s: s.update(schema_version=1), "schema version"),
     ],
     ids=["capacity", "alias", "profile", "layers", "gpu", "plugins", "type", "field", "schema"],
 )

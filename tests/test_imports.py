@@ -29,6 +29,7 @@ ORDER = (
     ("runtime",),
     ("export",),
     ("_plan", "_tensorrt"),
+    ("plugins",),
     ("engine",),
     ("parity",),
     ("cli",),

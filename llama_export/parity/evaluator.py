@@ -47,6 +47,7 @@ _OTHERS = {
     onnx.TensorProto.BOOL: torch.bool,
 }
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+_EDITED = "this graph is not as `llama-export export` writes it, or is damaged: export again"
 _KEEP_BYTES = 2 << 30
 """Converted weights up to this many bytes stay in memory between runs; beyond it they are read again for each use."""
 
@@ -100,7 +101,11 @@ class GraphEvaluator:
         """
         missing = [value.name for value in self._graph.input if value.name not in feeds]
         if missing:
-            raise ExportError("the evaluator lacks graph inputs", details={"missing": ", ".join(missing)})
+            raise ExportError(
+                "the evaluator lacks graph inputs",
+                details={"missing": ", ".join(missing)},
+                hint="feed every graph input",
+            )
         values: dict[str, Tensor] = {
             name: tensor.to(self.model_dtype) if name in self._float_inputs else tensor
             for name, tensor in feeds.items()
@@ -119,7 +124,9 @@ class GraphEvaluator:
         if name in values:
             return values[name]
         if name not in self._initializers:
-            raise ExportError(f"the graph reads `{name}` before anything defines it", details={"node": node.name})
+            raise ExportError(
+                f"the graph reads `{name}` before anything defines it", details={"node": node.name}, hint=_EDITED
+            )
         return self._weight(name)
 
     def _weight(self, name: str) -> Tensor:
@@ -188,6 +195,7 @@ class GraphEvaluator:
                 raise ExportError(
                     f"the evaluator does not implement {node.domain or 'ai.onnx'}::{node.op_type}",
                     details={"node": node.name},
+                    hint=_EDITED,
                 )
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as err:
             raise ExportError(
@@ -198,6 +206,7 @@ class GraphEvaluator:
                     "attributes": attributes,
                     "reason": f"{type(err).__name__}: {err}",
                 },
+                hint=_EDITED,
             ) from err
         return result if isinstance(result, tuple) else (result,)
 

@@ -34,6 +34,18 @@ _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U000100
 """What XML 1.0 forbids or a terminal obeys: control characters, escape sequences, lone surrogates."""
 
 
+def require_plots() -> None:
+    """Raises now what :func:`write_report` would raise after the work.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as err:
+        raise MissingDependencyError("matplotlib", "parity") from err
+
+
 def write_report(report: ParityReport, folder: Path) -> dict[str, Path]:
     """Writes ``parity.html``, ``parity.md``, ``junit.xml`` and, last, ``parity.json``. Same report, same bytes.
 

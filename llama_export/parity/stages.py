@@ -6,6 +6,8 @@ Each stage compares one artefact with the one before it, under a limit whose rea
 * ``graph/float64-*``         the exported graph against the reference, both in float64: 1e-9, so a fault of meaning shows
 * ``onnxruntime/*``           the file onnxruntime runs against the reference, float32
 * ``evaluator/<dtype>``       the graph at 16 bits against float64, held to what PyTorch itself loses at that dtype
+* ``kernels/*``               the graph with its custom ops computed by the plugins' kernels, on the CPU: under Triton's
+                              interpreter, and through the plugin library's own ``enqueue``
 * ``engine/*``                every engine in the bundle: its structure here, its execution where a GPU allows
 """
 
@@ -31,12 +33,14 @@ from llama_export.errors import ConfigError, LlamaExportError, MissingDependency
 from llama_export.kv_cache import cache_names
 from llama_export.parity.metrics import Difference, difference
 from llama_export.parity.result import ParityReport, Stage, Tolerance, matches
+from llama_export.plugins import find_library, kernels_installed
 from llama_export.runtime import OnnxRuntimeSession, TextCodec, generate
 
 try:
     import torch
 
     from llama_export.model import LlamaForCausalLM, load_reference
+    from llama_export.ops import OP_SPECS
     from llama_export.parity.evaluator import CustomOps, GraphEvaluator
     from llama_export.parity.sessions import (
         Session,
@@ -62,6 +66,10 @@ _MIN_PROMPT = 8
 """Tokens; fewer cannot be cut into chunks and rows of different length."""
 _APPENDED = 8
 """Tokens that the stages with a fixed schedule append to the prompt at most, whatever ``--steps`` says."""
+_KERNEL_PROMPT = 17
+"""Longest prompt of the kernel stages, tokens: the interpreter is slow, and 17 is no multiple of any tile."""
+_KERNEL_LAYERS = 4
+"""Layers whose ops the kernels compute; those of the others are eager. A larger model gets a sample, spread evenly."""
 _PROMPTS = ("def ", "import os\n", "class ", "The ", "    return ")
 DEVIATIONS = (
     "RoPE: cos and sin stay float32 and the rotation is rounded once; Hugging Face rounds cos and sin to the model dtype first. "
@@ -493,6 +501,14 @@ def onnxruntime_transformers(v: Validator) -> Stage:
     )  # fmt: skip
 
 
+def _noise_share(found: Difference, noise: Difference) -> tuple[float, float, float]:
+    """How much of its allowance an error uses up (1: all of it), and its ratios to the noise floor in L2 and maximum."""
+    l2_ratio = found.relative_l2 / noise.relative_l2 if noise.relative_l2 else float("inf")
+    max_ratio = found.max_abs / noise.max_abs if noise.max_abs else float("inf")
+    # One number for the verdict: the share of its own allowance that the worse of the two uses up.
+    return max(l2_ratio / NOISE_L2, max_ratio / NOISE_MAX), l2_ratio, max_ratio
+
+
 def _noise_stage(dtype: str) -> Callable[[Validator], Stage]:
     def run(v: Validator) -> Stage:
         torch_dtype = getattr(torch, dtype)
@@ -507,10 +523,7 @@ def _noise_stage(dtype: str) -> Callable[[Validator], Stage]:
             raise NotRun(
                 f"transformers' own model gives {noise.nonfinite} logits that are not finite in {dtype}: no noise floor"
             )
-        l2_ratio = found.relative_l2 / noise.relative_l2 if noise.relative_l2 else float("inf")
-        max_ratio = found.max_abs / noise.max_abs if noise.max_abs else float("inf")
-        # One number for the verdict: the share of its own allowance that the worse of the two uses up.
-        error = max(l2_ratio / NOISE_L2, max_ratio / NOISE_MAX)
+        error, l2_ratio, max_ratio = _noise_share(found, noise)
         return Stage(
             name=f"evaluator/{dtype}",
             verdict="pass" if found.nonfinite == 0 and error <= 1 else "fail",
@@ -523,6 +536,134 @@ def _noise_stage(dtype: str) -> Callable[[Validator], Stage]:
             worst=found.worst,
             # Not the verdict's metric, so under another name: the limit line of the plots belongs to `error`.
             series=_per_step(got, v.want64, v.prompt, "relative maximum per decode step"),
+        )  # fmt: skip
+
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class _Ragged:
+    """What a batch of rows of different length gave: per row the logits [length + steps, V] and the caches, valid part."""
+
+    logits: list[Any]
+    cache: list[dict[str, Any]]
+
+    def pairs(self, want: _Ragged) -> tuple[list[tuple[str, Any, Any]], list[tuple[str, Any, Any]]]:
+        """(logits, caches) to compare."""
+        rows = range(len(self.logits))
+        logits = [(f"logits row {row}", self.logits[row], want.logits[row]) for row in rows]
+        cache = [(name, self.cache[row][name], want.cache[row][name]) for row in rows for name in self.cache[row]]
+        return logits, cache
+
+
+def _ragged_batch(session: Session, v: Validator, rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> _Ragged:
+    """One padded prefill and as many decode steps as the rows have further tokens."""
+    longest, steps = max(prompts), len(rows[0]) - prompts[0]
+    tokens = np.zeros((len(rows), longest), np.int64)
+    for row, ids, length in zip(tokens, rows, prompts, strict=True):
+        row[:length] = ids[:length]
+    index = np.stack([np.arange(longest)] * len(rows))
+    prefill = session.step(tokens, sequence_length=prompts, logits_index=index)
+    decoded = [
+        session.step([[ids[length + step]] for ids, length in zip(rows, prompts, strict=True)]) for step in range(steps)
+    ]
+    logits = [
+        np.concatenate([prefill[row, :length], *(step[row] for step in decoded)]) for row, length in enumerate(prompts)
+    ]
+    names = [past for past, _ in cache_names(v.llama.num_hidden_layers)]
+    cache = [{name: session.cache_array(name)[row, :, : len(ids)] for name in names} for row, ids in enumerate(rows)]
+    return _Ragged(logits, cache)
+
+
+def _rows_alone(v: Validator, model: Any, rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> _Ragged:
+    """The same from transformers, one row at a time."""
+    names = [past for past, _ in cache_names(v.llama.num_hidden_layers)]
+    logits, cache = [], []
+    for ids, prompt in zip(rows, prompts, strict=True):
+        session = TransformersSession(model)
+        logits.append(trajectory(session, ids, prompt))
+        cache.append({name: session.cache_array(name)[0] for name in names})
+    return _Ragged(logits, cache)
+
+
+def _some_layers(kernels: Mapping[str, Callable[..., Any]], num_layers: int) -> tuple[CustomOps, list[int]]:
+    """Custom ops that are computed by the kernels in some layers and eagerly in the others, and which layers.
+
+    A graph calls each op in the order of its layers: attention once a layer, LlamaAddRMSNorm twice, LlamaRMSNorm once in all.
+    """
+    chosen = sorted({round(step * (num_layers - 1) / (_KERNEL_LAYERS - 1)) for step in range(_KERNEL_LAYERS)})
+    per_layer = {"LlamaAttention": 1, "LlamaAddRMSNorm": 2}
+    calls = dict.fromkeys(kernels, 0)
+
+    def counted(op: str) -> Callable[..., Any]:
+        def compute(*arguments: Any) -> Any:
+            layer = calls[op] // per_layer[op] % num_layers if op in per_layer else chosen[0]
+            calls[op] += 1
+            return (kernels[op] if layer in chosen else OP_SPECS[op].eager)(*arguments)
+
+        return compute
+
+    return {op: counted(op) for op in kernels}, chosen
+
+
+def _kernel_stage(how: str, dtype: str) -> Callable[[Validator], Stage]:
+    name = f"kernels/{how}-{dtype}"
+
+    def run(v: Validator) -> Stage:
+        if (missing := kernels_installed()) is not None:
+            raise NotRun(missing)
+        if how == "enqueue":
+            find_library()  # a library that is there and not usable is a failure, not a reason to look away
+            from llama_export_plugins.harness import enqueue_ops
+
+            kernels = enqueue_ops()
+        else:
+            from llama_export_plugins.kernels.loop import kernel_ops
+
+            kernels = kernel_ops()
+        longest = min(v.prompt, _KERNEL_PROMPT)
+        prompts = (longest, max(1, longest // 2))
+        rows = [v.random_ids(prompt + _APPENDED, v.config.seed + 30 + row) for row, prompt in enumerate(prompts)]
+        capacity = longest + _APPENDED
+        custom_ops, layers = _some_layers(kernels, v.llama.num_hidden_layers)
+        torch_dtype = getattr(torch, dtype)
+        evaluator = GraphEvaluator(v.bundle.model_path, dtype=torch_dtype, custom_ops=custom_ops)
+        session = evaluator_session(evaluator, v.llama, max_seq_len=capacity, batch_size=2)
+        got = _ragged_batch(session, v, rows, prompts)
+        oracle = reference_session(v.reference64, max_seq_len=capacity, batch_size=2)
+        want = _ragged_batch(oracle, v, rows, prompts)
+        found = [difference(pairs) for pairs in got.pairs(want)]
+        schedule = f"rows of {prompts[0]} and {prompts[1]} tokens in one batch, then {_APPENDED} decode steps, logits and cache"
+        by = "the plugin library's enqueue" if how == "enqueue" else "the kernels under Triton's interpreter"
+        facts: dict[str, Any] = {
+            "layers": [float(layer) for layer in layers],
+            "logits_error": found[0].relative,
+            "cache_error": found[1].relative,
+        }
+        if dtype == "float32":
+            return _judge(
+                name, max(found, key=lambda item: (item.nonfinite, item.relative)), limit=FLOAT32_LIMIT, why=FLOAT32_WHY,
+                reason=f"the graph in float32 with its ops by {by}, against the float64 reference: {schedule}", **facts,
+            )  # fmt: skip
+        noise = [
+            difference(pairs) for pairs in _rows_alone(v, v.transformers_model(torch_dtype), rows, prompts).pairs(want)
+        ]
+        if any(item.nonfinite for item in noise) and dtype != v.bundle.dtype:
+            raise NotRun(f"transformers' own model gives values that are not finite in {dtype}: no noise floor")
+        shares = [_noise_share(*both) for both in zip(found, noise, strict=True)]
+        worse = max(range(2), key=lambda index: shares[index][0])
+        error = shares[worse][0]
+        return Stage(
+            name=name,
+            verdict="pass" if error <= 1 and not any(item.nonfinite for item in found) else "fail",
+            reason=f"the graph in {dtype} with its ops by {by}, against float64: {shares[0][1]:.2f} x the noise floor in L2 "
+            f"for logits, {shares[1][1]:.2f} x for the cache; {schedule}",
+            metrics={
+                "error": error, "l2_ratio": shares[worse][1], "max_ratio": shares[worse][2],
+                "nonfinite": sum(item.nonfinite for item in found), **facts,
+            },
+            tolerance=Tolerance(value=1.0, metric="error", why=NOISE_WHY),
+            worst=found[worse].worst,
         )  # fmt: skip
 
     return run
@@ -601,6 +742,11 @@ STAGES: dict[str, Callable[[Validator], Stage | list[Stage]]] = {
     "onnxruntime/transformers": onnxruntime_transformers,
     "evaluator/bfloat16": _noise_stage("bfloat16"),
     "evaluator/float16": _noise_stage("float16"),
+    **{
+        f"kernels/{how}-{dtype}": _kernel_stage(how, dtype)
+        for how in ("interpreter", "enqueue")
+        for dtype in ("float32", "bfloat16", "float16")
+    },
     "engine/structure": engine_structure,
     "engine/execution": engine_execution,
 }

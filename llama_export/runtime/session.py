@@ -119,6 +119,7 @@ class OnnxRuntimeSession:
             raise ShapeError(
                 "input_ids has the wrong shape",
                 details={"got": list(ids.shape), "expected": f"[{self.batch_size}, S >= 1]"},
+                hint="one row of token ids per row of the session, right-padded",
             )
         check_token_ids(ids, self.config.vocab_size)
         new_tokens = ids.shape[1]
@@ -128,6 +129,7 @@ class OnnxRuntimeSession:
             raise ShapeError(
                 "sequence_length is out of range",
                 details={"got": lengths.tolist(), "expected": f"{self.batch_size} values in 1..{new_tokens}"},
+                hint="sequence_length counts the valid tokens of each row of input_ids",
             )
         if int(self.past_length.max()) + new_tokens > self.capacity:
             raise ShapeError(
@@ -146,6 +148,7 @@ class OnnxRuntimeSession:
             raise ShapeError(
                 "logits_index is out of range",
                 details={"got": index.tolist(), "expected": f"[{self.batch_size}, N >= 1] of 0..{new_tokens - 1}"},
+                hint="logits_index names positions within input_ids, not within the cache",
             )
         feeds = {"input_ids": ids, "past_length": self.past_length, "sequence_length": lengths, "logits_index": index}
         for name, array in feeds.items():

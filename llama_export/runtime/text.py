@@ -32,7 +32,11 @@ class TextCodec:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as err:
-            raise ConfigError("`tokenizer.json` cannot be read", details={"file": path, "reason": err}) from err
+            raise ConfigError(
+                "`tokenizer.json` cannot be read",
+                details={"file": path, "reason": err},
+                hint="copy the checkpoint's own again, or give token ids instead: --tokens 1,2,3",
+            ) from err
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, with the special tokens the tokenizer adds itself (a leading <s> in Llama)."""

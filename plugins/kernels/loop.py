@@ -30,14 +30,11 @@ _MODULES: tuple[types.ModuleType, ...] = (tl, tl.standard, tl.math, tl.core, num
 
 
 class _Twin(InterpretedFunction[Any]):
-    """An interpreted function that undoes, after a call from another one, what Triton 3.9 leaves changed in its language."""
+    """An interpreted function that others call. Triton 3.9 would prepare its language anew for each call, which takes most
+    of the time, and would leave it so, which breaks the compiler; :func:`_interpreter` does it once for all of them."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        scope = _patch_lang(self.fn)
-        try:
-            return self.rewrite()(*args, **kwargs)
-        finally:
-            scope.restore()
+        return self.rewrite()(*args, **kwargs)
 
 
 @cache
@@ -55,6 +52,9 @@ def _interpreter() -> Iterator[None]:
         if isinstance(value, JITFunction)
     ]
     compiled = numerics.INTERPRETED
+    # What Triton prepares is what a function's globals name: our kernels name `tl`, the standard library names `core`.
+    namesake = types.FunctionType(_interpreter.__wrapped__.__code__, {"tl": tl, "core": tl.core})  # type: ignore[attr-defined]
+    scope = _patch_lang(namesake)
     for module, name, value in swapped:
         setattr(module, name, _interpreted(value.fn))
     numerics.INTERPRETED = tl.constexpr(True)
@@ -64,6 +64,7 @@ def _interpreter() -> Iterator[None]:
         numerics.INTERPRETED = compiled
         for module, name, value in swapped:
             setattr(module, name, value)
+        scope.restore()
 
 
 def run_interpreted(

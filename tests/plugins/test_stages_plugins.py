@@ -1,0 +1,128 @@
+"""The kernel stages of `validate`: they pass for a sound bundle, and a wrong kernel, graph or library fails them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import oracles
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="`triton` is not installed: pip install './plugins[interpreter]'")
+pytest.importorskip("llama_export_plugins", reason="the plugins are not installed: pip install ./plugins")
+from llama_export_plugins import harness
+from llama_export_plugins.kernels import loop
+
+from llama_export.bundle import Bundle, load_bundle
+from llama_export.errors import ToolchainError
+from llama_export.export import export_checkpoint
+from llama_export.parity import stages
+from llama_export.parity.result import Stage
+from llama_export.parity.stages import ValidateConfig, validate_bundle
+
+HOW = ("interpreter", "enqueue")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("kernels") / "checkpoint"
+    oracles.huggingface_llama(
+        folder, seed=5, vocab_size=90, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=24, max_position_embeddings=64, initializer_range=0.4,
+    )  # fmt: skip
+    export_checkpoint(folder)
+    return load_bundle(folder)
+
+
+def run(bundle: Bundle, *names: str) -> dict[str, Stage]:
+    report = validate_bundle(bundle, ValidateConfig(steps=2, prompt_tokens=9, stages=names))
+    return {stage.name: stage for stage in report.stages if stage.name.startswith(names)}
+
+
+def test_a_sound_bundle_passes_at_every_dtype(bundle: Bundle) -> None:
+    found = run(bundle, "kernels")
+    assert len(found) == 6
+    for name, stage in found.items():
+        assert stage.verdict == "pass", (name, stage.reason)
+        assert 0 < float(stage.metrics["error"]) <= stage.tolerance.value  # type: ignore[union-attr, arg-type]
+        assert stage.metrics["layers"] == [0.0, 1.0]
+    # The same kernels on the same values: what the C++ code launches is what Python launches.
+    for dtype in ("float32", "bfloat16", "float16"):
+        first, second = (found[f"kernels/{how}-{dtype}"].metrics["error"] for how in HOW)
+        assert first == second
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    ("op", "wrong"),
+    [
+        ("LlamaRMSNorm", lambda x, weight, epsilon: (x, weight, epsilon * 100)),
+        ("LlamaAttention", lambda *items: (*items[:-1], items[-1] * 1.01)),
+        ("LlamaAttention", lambda *items: (*items[:3], items[4], items[3], *items[5:])),
+        ("LlamaAttention", lambda *items: (*items[:7], items[7] + 1, *items[8:])),
+    ],
+    ids=["epsilon", "scale", "cos and sin", "position"],
+)
+def test_a_wrong_kernel_fails(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, how: str, op: str, wrong: Callable[..., Any]
+) -> None:
+    right = harness.enqueue_ops() if how == "enqueue" else loop.kernel_ops()
+
+    def made(**settings: Any) -> dict[str, Callable[..., Any]]:
+        return {**right, op: lambda *items: right[op](*wrong(*items))}
+
+    monkeypatch.setattr(harness, "enqueue_ops", made)
+    monkeypatch.setattr(loop, "kernel_ops", made)
+    name = f"kernels/{how}-float32"
+    assert run(bundle, name)[name].verdict == "fail"
+
+
+def test_a_wrong_graph_fails(bundle: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(bundle.folder, tmp_path / "faulty")
+    model = onnx.load(str(bundle.model_path), load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "LlamaAddRMSNorm")
+    node.input[0], node.input[1] = node.input[1], node.input[0]  # a sum either way: not a fault
+    attention = next(node for node in model.graph.node if node.op_type == "LlamaAttention")
+    next(item for item in attention.attribute if item.name == "scale").f *= 1.5
+    (tmp_path / "faulty" / "model.onnx").write_bytes(model.SerializeToString())
+    found = run(load_bundle(tmp_path / "faulty", ignore_hashes=True), "kernels/interpreter-float32")
+    assert found["kernels/interpreter-float32"].verdict == "fail"
+
+
+def test_without_triton_the_stages_are_not_run_and_say_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "kernels_installed", lambda: "the Python package `triton` is not installed")
+    for stage in run(bundle, "kernels").values():
+        assert stage.verdict == "not-run"
+        assert "triton" in str(stage.reason)
+
+
+def test_an_unusable_library_fails_the_enqueue_stages_only(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ToolchainError("the plugin library has another ABI", hint="pip install ./plugins")
+
+    monkeypatch.setattr(stages, "find_library", broken)
+    found = run(bundle, "kernels")
+    assert {found[f"kernels/enqueue-{dtype}"].verdict for dtype in ("float32", "float16")} == {"fail"}
+    assert "another ABI" in str(found["kernels/enqueue-float32"].reason)
+    assert found["kernels/interpreter-float32"].verdict == "pass"
+
+
+def test_a_large_model_gets_a_sample_of_its_layers() -> None:
+    calls: dict[str, list[int]] = {"LlamaAttention": [], "LlamaAddRMSNorm": [], "LlamaRMSNorm": []}
+    now = {"call": 0}
+
+    def kernel(op: str) -> Callable[..., Any]:
+        return lambda *items: calls[op].append(now["call"])
+
+    custom_ops, layers = stages._some_layers({op: kernel(op) for op in calls}, 32)
+    assert layers == [0, 10, 21, 31]
+    x, weight = torch.ones(1, 4), torch.ones(4)
+    for _ in range(2):  # two runs of the graph
+        for call in range(64):
+            now["call"] = call
+            custom_ops["LlamaAddRMSNorm"](x, x, weight, 1e-5)  # type: ignore[index]
+    assert calls["LlamaAddRMSNorm"] == [0, 1, 20, 21, 42, 43, 62, 63] * 2
