@@ -133,6 +133,39 @@ def attention(
     return output, present_key, present_value
 
 
+def masked_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, cos: ArrayLike, sin: ArrayLike, attention_mask: ArrayLike,
+    num_heads: int, num_kv_heads: int, head_dim: int, scale: float,
+) -> Array:  # fmt: skip
+    """Causal attention over a padded batch, one query at a time. Shapes of the op ``LlamaMaskedAttention``.
+
+    The keys of padding are left out of the sum altogether, so it may hold anything.
+    """
+    query, key, value = (np.asarray(item, np.float64) for item in (query, key, value))
+    cos, sin, mask = np.asarray(cos, np.float64), np.asarray(sin, np.float64), np.asarray(attention_mask)
+    B, S, _ = query.shape
+    half, group = head_dim // 2, num_heads // num_kv_heads
+
+    def turned(x: Array, b: int, s: int) -> Array:
+        first, second = x[:half], x[half:]
+        return np.concatenate((first * cos[b, s] - second * sin[b, s], first * sin[b, s] + second * cos[b, s]))
+
+    output = np.zeros((B, S, num_heads * head_dim))
+    for b in range(B):
+        for i in range(S):
+            keys = [j for j in range(i + 1) if mask[b, j] != 0]
+            if not keys:
+                continue
+            for h in range(num_heads):
+                q = turned(query[b, i, h * head_dim : (h + 1) * head_dim], b, i)
+                g = slice((h // group) * head_dim, (h // group + 1) * head_dim)
+                weights = softmax([scale * float(q @ turned(key[b, j, g], b, j)) for j in keys])
+                output[b, i, h * head_dim : (h + 1) * head_dim] = sum(
+                    weight * value[b, j, g] for weight, j in zip(weights, keys, strict=True)
+                )
+    return output
+
+
 def silu(x: ArrayLike) -> Array:
     """x * sigmoid(x)"""
     x64 = np.asarray(x, np.float64)

@@ -12,27 +12,60 @@ from typing import Any
 import torch
 
 from llama_export.ops.attention import ATTENTION
+from llama_export.ops.masked_attention import MASKED_ATTENTION
 from llama_export.ops.rms_norm import ADD_RMS_NORM, RMS_NORM
 from llama_export.ops.spec import DOMAIN, OPSET_VERSION, TARGETS, OpSpec, Target
 
 __all__ = [
     "DOMAIN", "OPSET_VERSION", "OP_SPECS", "TARGETS", "OpSpec", "Target",
-    "add_rms_norm", "attention", "function_protos", "register_onnx_schemas", "rms_norm", "torch_overload",
+    "add_rms_norm", "attention", "function_protos", "masked_attention", "register_onnx_schemas", "rms_norm", "torch_overload",
     "translation_table",
 ]  # fmt: skip
 
-OP_SPECS: dict[str, OpSpec] = {spec.op_type: spec for spec in (RMS_NORM, ADD_RMS_NORM, ATTENTION)}
+OP_SPECS: dict[str, OpSpec] = {spec.op_type: spec for spec in (RMS_NORM, ADD_RMS_NORM, ATTENTION, MASKED_ATTENTION)}
 
 
 def _define(spec: OpSpec) -> Callable[..., Any]:
     op = torch.library.custom_op(f"{DOMAIN}::{spec.torch_name}", spec.eager, mutates_args=(), schema=spec.torch_schema)
     op.register_fake(spec.fake)
+    op.register_autograd(_gradients_of(spec), setup_context=_keep_inputs)
     return op
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*(item for item in inputs if isinstance(item, torch.Tensor)))
+    ctx.attributes = [item for item in inputs if not isinstance(item, torch.Tensor)]
+
+
+def _gradients_of(spec: OpSpec) -> Callable[..., Any]:
+    """The op's backward pass: the eager maths again, this time recorded, and differentiated.
+
+    One definition of each op, so its gradient cannot disagree with it; costs a second forward, as checkpointing does.
+    """
+
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[: len(spec.inputs)]
+        with torch.enable_grad():
+            inputs = [item.detach().requires_grad_(want) for item, want in zip(ctx.saved_tensors, wanted, strict=True)]
+            outputs = spec.eager(*inputs, *ctx.attributes)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[1] is not None]
+            found = torch.autograd.grad(
+                [output for output, _ in pairs],
+                [item for item in inputs if item.requires_grad],
+                [gradient for _, gradient in pairs],
+                allow_unused=True,
+            )
+        results = iter(found)
+        return (*(next(results) if want else None for want in wanted), *(None for _ in ctx.attributes))
+
+    return backward
 
 
 rms_norm = _define(RMS_NORM)
 add_rms_norm = _define(ADD_RMS_NORM)
 attention = _define(ATTENTION)
+masked_attention = _define(MASKED_ATTENTION)
 
 
 def torch_overload(spec: OpSpec) -> Any:

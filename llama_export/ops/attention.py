@@ -37,9 +37,7 @@ def attention_eager(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the module; past tensors are not modified, the present ones are new."""
-    B, S, _ = query.shape
-    C = past_key.shape[2]
-    dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
+    S, C = query.shape[1], past_key.shape[2]
     positions = past_length.unsqueeze(1) + torch.arange(S, device=query.device)  # [B, S]
 
     q_BHSD = rotate(split_heads(query, num_heads), cos, sin)
@@ -50,17 +48,27 @@ def attention_eager(
     present_key = past_key.scatter(2, slots, k_BGSD)
     present_value = past_value.scatter(2, slots, v_BGSD)
 
+    visible = torch.arange(C, device=query.device) <= positions.unsqueeze(-1)  # [B, S, C]
+    return attend(q_BHSD, present_key, present_value, visible, scale), present_key, present_value
+
+
+def attend(q_BHSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T * scale) v over the keys that ``visible`` [B, S, C] allows each query -> [B, S, H*D].
+
+    Keys and values that no query of the row sees have no influence, not even as NaN; a query that sees none yields 0.
+    """
+    B, H, S, D = q_BHSD.shape
+    G = k_BGCD.shape[1]
+    wide = torch.promote_types(q_BHSD.dtype, torch.float32)
     # The H / G query heads of one group share their key and value head.
-    q_BGRSD = q_BHSD.to(wide).view(B, num_kv_heads, num_heads // num_kv_heads, S, head_dim)
-    cached = torch.arange(C, device=query.device)
-    written = (cached < past_length[:, None] + S)[:, None, None, :, None]  # [B, 1, 1, C, 1]
-    visible = (cached <= positions[..., None])[:, None, None]  # [B, 1, 1, S, C]
-    k_BG1CD = present_key.to(wide).unsqueeze(2)
-    v_BG1CD = torch.where(written, present_value.to(wide).unsqueeze(2), 0.0)  # 0 * NaN would be NaN
+    q_BGRSD = q_BHSD.to(wide).view(B, G, H // G, S, D)
+    seen = visible.any(1)[:, None, None, :, None]  # [B, 1, 1, C, 1]
+    k_BG1CD = k_BGCD.to(wide).unsqueeze(2)
+    v_BG1CD = torch.where(seen, v_BGCD.to(wide).unsqueeze(2), 0.0)  # 0 * NaN would be NaN
+    visible = visible[:, None, None]  # [B, 1, 1, S, C]
     scores = (q_BGRSD @ k_BG1CD.transpose(-1, -2) * scale).masked_fill(~visible, -torch.inf)
     weights = torch.where(visible.any(-1, keepdim=True), scores.softmax(-1), 0.0)
-    attended = (weights @ v_BG1CD).reshape(B, num_heads, S, head_dim).to(dtype)
-    return attended.transpose(1, 2).reshape(B, S, num_heads * head_dim), present_key, present_value
+    return merge_heads((weights @ v_BG1CD).reshape(B, H, S, D).to(q_BHSD.dtype))
 
 
 def attention_fake(
@@ -86,6 +94,11 @@ def split_heads(hidden: Tensor, heads: int) -> Tensor:
     return hidden.view(*hidden.shape[:2], heads, -1).transpose(1, 2)
 
 
+def merge_heads(x_BHSD: Tensor) -> Tensor:
+    """[B, H, S, D] -> [B, S, H*D]"""
+    return x_BHSD.transpose(1, 2).flatten(2)
+
+
 def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE: [B, N, S, D] with cos, sin [B, S, D/2]; pair (i, i + D/2) is turned by the angle of frequency i."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -94,7 +107,7 @@ def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # Rotation in the type of cos (float32), one rounding back to the model dtype: CastLike follows whatever type the model has.
-_ROTATE_AND_APPEND = """
+ROTATE = """
   zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
   keep_rank = Constant <value_ints: ints = [0, 0, -1]> ()
@@ -121,20 +134,22 @@ _ROTATE_AND_APPEND = """
   key_turned = RotaryEmbedding <interleaved: int = 0> (key_wide, cos, sin)
   query_rope = CastLike (query_turned, query)
   key_rope = CastLike (key_turned, key)
+  new_tokens_1d = Shape <start: int = 1, end: int = 2> (query)
+  new_tokens = Squeeze (new_tokens_1d, axis_0)
+  new_range = Range (zero, new_tokens, one)
+"""
+_APPEND = """
   present_key = TensorScatter <axis: int = 2, mode: string = "linear"> (past_key, key_rope, past_length)
   present_value = TensorScatter <axis: int = 2, mode: string = "linear"> (past_value, value_BGSD, past_length)
-  new_tokens_1d = Shape <start: int = 1, end: int = 2> (query)
 """
-_MERGE_HEADS = """
+MERGE_HEADS = """
   attended_BSHD = Transpose <perm: ints = [0, 2, 1, 3]> (attended_BHSD)
   attn_output = Reshape (attended_BSHD, keep_rank)
 """
 # Right for every reader: the mask says which cached key each query sees.
 _ATTEND_BY_MASK = """
-  new_tokens = Squeeze (new_tokens_1d, axis_0)
   capacity_1d = Shape <start: int = 2, end: int = 3> (past_key)
   capacity = Squeeze (capacity_1d, axis_0)
-  new_range = Range (zero, new_tokens, one)
   cached_range = Range (zero, capacity, one)
   past_length_B1 = Unsqueeze (past_length, axis_1)
   positions_BS = Add (past_length_B1, new_range)
@@ -149,6 +164,13 @@ _ATTEND_BY_LENGTH = """
   attended_BHSD = Attention <is_causal: int = 1, scale: float = @scale>
       (query_rope, present_key, present_value, , , , total_length)
 """
+
+ATTENTION_ATTRIBUTES = (
+    AttributeSpec("num_heads", "int", "H, query heads"),
+    AttributeSpec("num_kv_heads", "int", "G, key/value heads"),
+    AttributeSpec("head_dim", "int", "D, width of one head"),
+    AttributeSpec("scale", "float", "multiplies the scores, 1 / sqrt(D) in Llama"),
+)
 
 ATTENTION = OpSpec(
     op_type="LlamaAttention",
@@ -169,16 +191,11 @@ ATTENTION = OpSpec(
         TensorSpec("present_key", "T", "[B, G, C, D]", alias_of="past_key"),
         TensorSpec("present_value", "T", "[B, G, C, D]", alias_of="past_value"),
     ),
-    attributes=(
-        AttributeSpec("num_heads", "int", "H, query heads"),
-        AttributeSpec("num_kv_heads", "int", "G, key/value heads"),
-        AttributeSpec("head_dim", "int", "D, width of one head"),
-        AttributeSpec("scale", "float", "multiplies the scores, 1 / sqrt(D) in Llama"),
-    ),
+    attributes=ATTENTION_ATTRIBUTES,
     eager=attention_eager,
     fake=attention_fake,
     bodies={
-        "standard": _ROTATE_AND_APPEND + _ATTEND_BY_MASK + _MERGE_HEADS,
-        "onnxruntime": _ROTATE_AND_APPEND + _ATTEND_BY_LENGTH + _MERGE_HEADS,
+        "standard": ROTATE + _APPEND + _ATTEND_BY_MASK + MERGE_HEADS,
+        "onnxruntime": ROTATE + _APPEND + _ATTEND_BY_LENGTH + MERGE_HEADS,
     },
 )

@@ -1,0 +1,109 @@
+"""``LlamaMaskedAttention``: rotate query and key and attend, causally, over one padded batch. There is no cache.
+
+For the heads that read a whole text at once (classification, question answering, embeddings).
+
+Shapes: B batch, S tokens, H query heads, G key/value heads (H a multiple of G), D head_dim. Query i of row b sees key j
+iff ``j <= i`` and ``attention_mask[b, j] != 0``; the padding may be on either side, or anywhere. A query that sees
+nothing (left padding) yields 0. A query that is padding itself sees what the rule says; nobody reads its result.
+
+Numerics:
+    As in :mod:`llama_export.ops.attention`: rotation in float32, one rounding; scores, softmax and the weighted sum
+    accumulate in float32 (float64 for float64 inputs), one rounding at the end. Keys and values of padding never
+    influence the eager result, not even NaN; the ONNX bodies multiply them by zero, so for them they must be finite.
+
+Source: https://onnx.ai/onnx/operators/onnx__Attention.html; positions and mask as in transformers ``modeling_llama``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llama_export.ops.attention import ATTENTION_ATTRIBUTES, MERGE_HEADS, ROTATE, attend, rotate, split_heads
+from llama_export.ops.spec import OpSpec, TensorSpec
+
+
+def masked_attention_eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    attention_mask: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+) -> Tensor:
+    """See the module."""
+    q_BHSD = rotate(split_heads(query, num_heads), cos, sin)
+    k_BGSD = rotate(split_heads(key, num_kv_heads), cos, sin)
+    v_BGSD = split_heads(value, num_kv_heads)
+    return attend(q_BHSD, k_BGSD, v_BGSD, causal_and_unpadded(attention_mask), scale)
+
+
+def causal_and_unpadded(attention_mask: Tensor) -> Tensor:
+    """int64 [B, S] -> Bool [B, S, S]: which keys (last axis) a query sees."""
+    i = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (i <= i.unsqueeze(1)) & (attention_mask != 0).unsqueeze(1)
+
+
+def masked_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    attention_mask: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+) -> Tensor:
+    """Shape and dtype of :func:`masked_attention_eager`."""
+    return query.new_empty(query.shape)
+
+
+# A query that sees nothing would be a softmax over nothing, which readers disagree about: it gets all earlier keys, so
+# that the softmax is defined, and its result is then replaced by 0.
+_ATTEND = """
+  is_key = Cast <to: int = 9> (attention_mask)
+  is_key_wide = Cast <to: int = 7> (is_key)
+  keys_so_far = CumSum (is_key_wide, one)
+  sees_nothing = Equal (keys_so_far, zero)
+  key_axis = Constant <value_ints: ints = [1]> ()
+  query_axis = Constant <value_ints: ints = [2]> ()
+  head_axis = Constant <value_ints: ints = [1]> ()
+  query_range = Unsqueeze (new_range, axis_1)
+  causal = LessOrEqual (new_range, query_range)
+  is_key_B1S = Unsqueeze (is_key, key_axis)
+  sees_nothing_BS1 = Unsqueeze (sees_nothing, query_axis)
+  allowed = Or (is_key_B1S, sees_nothing_BS1)
+  visible_BSS = And (allowed, causal)
+  visible = Unsqueeze (visible_BSS, head_axis)
+  attended = Attention <is_causal: int = 0, scale: float = @scale> (query_rope, key_rope, value_BGSD, visible)
+  head_and_width = Constant <value_ints: ints = [1, 3]> ()
+  nobody = Unsqueeze (sees_nothing, head_and_width)
+  nothing_0d = Constant <value_float: float = 0.0> ()
+  nothing = CastLike (nothing_0d, attended)
+  attended_BHSD = Where (nobody, nothing, attended)
+"""
+
+MASKED_ATTENTION = OpSpec(
+    op_type="LlamaMaskedAttention",
+    torch_name="masked_attention",
+    version=1,
+    inputs=(
+        TensorSpec("query", "T", "[B, S, H*D]"),
+        TensorSpec("key", "T", "[B, S, G*D]"),
+        TensorSpec("value", "T", "[B, S, G*D]"),
+        TensorSpec("cos", "float32", "[B, S, D/2]"),
+        TensorSpec("sin", "float32", "[B, S, D/2]"),
+        TensorSpec("attention_mask", "int64", "[B, S]"),
+    ),
+    outputs=(TensorSpec("attn_output", "T", "[B, S, H*D]"),),
+    attributes=ATTENTION_ATTRIBUTES,
+    eager=masked_attention_eager,
+    fake=masked_attention_fake,
+    bodies={"standard": ROTATE + _ATTEND + MERGE_HEADS, "onnxruntime": ROTATE + _ATTEND + MERGE_HEADS},
+)
