@@ -29,7 +29,15 @@ from typing import Any
 
 from llama_export import __version__
 from llama_export.checkpoint import INDEX_NAME, TOKENIZER_FILES, Checkpoint, WeightFile, read_safetensors_header
-from llama_export.config import DTYPES, LlamaConfig, RopeConfig, WeightsMode, config_from_dict, load_json_object
+from llama_export.config import (
+    DTYPES,
+    TASKS,
+    LlamaConfig,
+    RopeConfig,
+    WeightsMode,
+    config_from_dict,
+    load_json_object,
+)
 from llama_export.errors import ArtifactMismatchError, ConfigError, ExportError, ToolchainError
 
 SCHEMA_VERSION = 1
@@ -59,6 +67,11 @@ class Bundle:
     def onnxruntime_path(self) -> Path:
         """The graph for our onnxruntime session."""
         return self.folder / ONNXRUNTIME_NAME
+
+    @property
+    def task(self) -> str:
+        """What the graph computes: one of ``config.TASKS``."""
+        return str(self.manifest["task"])
 
     @property
     def dtype(self) -> str:
@@ -101,10 +114,9 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
             hint=f"export again with this version ({__version__})",
         )
     try:
-        model = dict(manifest["model"])
-        config = LlamaConfig(
-            **{**model, "rope": RopeConfig(**model["rope"]), "eos_token_ids": tuple(model["eos_token_ids"])}
-        )
+        model = _tuples(manifest["model"])
+        config = LlamaConfig(**{**model, "rope": RopeConfig(**_tuples(model["rope"]))})
+        _check(manifest["task"] in TASKS, f"task {manifest['task']!r}")
         _check(manifest["dtype"] in DTYPES, f"dtype {manifest['dtype']!r}")
         _check(all(isinstance(token, int) for token in manifest["eos_token_ids"]), "eos_token_ids")
         weights, graphs = list(manifest["weights"]), dict(manifest["functions"])
@@ -129,6 +141,11 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
             hint="export again",
         ) from err
     return Bundle(folder, manifest, config)
+
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists where the configs have tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
 
 
 def _check(ok: bool, field: str) -> None:
@@ -228,7 +245,7 @@ def manifest_from_export(
     io: Sequence[Mapping[str, Any]],
     ops: Mapping[str, int],
     functions: Mapping[str, Mapping[str, Any]],
-    kv_cache: Mapping[str, Any],
+    kv_cache: Mapping[str, Any] | None,
     generator: Mapping[str, str],
     weights: Sequence[WeightFile],
     weight_hashes: Mapping[str, str],
@@ -242,7 +259,7 @@ def manifest_from_export(
         "model": model,
         "dtype": dtype,
         "io": list(io),
-        "kv_cache": dict(kv_cache),
+        "kv_cache": None if kv_cache is None else dict(kv_cache),
         "rope": model["rope"],
         "eos_token_ids": stop_token_ids(checkpoint),
         "weights": [

@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_export.config import DTYPES, LlamaConfig, expected_tensors, load_config, load_json_object
+from llama_export.config import (
+    DTYPES,
+    LlamaConfig,
+    Task,
+    expected_tensors,
+    load_config,
+    load_json_object,
+    resolve_task,
+)
 from llama_export.errors import CheckpointError, ConfigError
 
 DTYPE_OF_SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -28,8 +36,19 @@ SINGLE_NAME = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-# Old Llama checkpoints stored RoPE's frequencies as a buffer; they follow from the config, and Hugging Face drops them too.
-_IGNORED_TENSOR = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_PREFIXES = ("model.", "transformer.", "")
+"""Where Hugging Face's classes keep the decoder: all but two; question answering; a decoder saved without a head."""
+_DECODER = re.compile(r"(model\.|transformer\.|)(?:embed_tokens|layers|norm|rotary_emb)\..+")
+_ROTARY = re.compile(r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
+_HEADS = ("lm_head.weight", "score.weight", "score.bias", "qa_outputs.weight", "qa_outputs.bias")
+_DROPPED_HEADS: dict[str, tuple[str, ...]] = {
+    "causal-lm": (),
+    "sequence-classification": ("lm_head.weight",),
+    "token-classification": ("lm_head.weight",),
+    "question-answering": ("lm_head.weight",),
+    "feature-extraction": _HEADS,
+}
+"""Task -> heads it does not use: that of the pre-training; without a head, all. Any other is an unexpected tensor."""
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
     *("chat_template.jinja", "chat_template.json"),
@@ -41,7 +60,7 @@ class TensorEntry:
     """Where one tensor lies."""
 
     name: str
-    """Checkpoint name, e.g. ``model.layers.0.mlp.up_proj.weight``."""
+    """Name in the file, e.g. ``model.layers.0.mlp.up_proj.weight``."""
     dtype: str
     """float32 | float16 | bfloat16"""
     shape: tuple[int, ...]
@@ -73,9 +92,13 @@ class Checkpoint:
     folder: Path
     config: LlamaConfig
     tensors: Mapping[str, TensorEntry]
-    """Checkpoint name -> entry; exactly the names of :func:`llama_export.config.expected_tensors`."""
+    """Reference name -> entry; exactly the names of :func:`llama_export.config.expected_tensors`."""
     files: tuple[WeightFile, ...]
     """All weight files, sorted by name; one may hold only tensors that are not used (a copy of a tied head)."""
+    task: Task = "causal-lm"
+    """What the checkpoint is opened for; it decides which head belongs to it."""
+    dropped: tuple[str, ...] = ()
+    """Stored names of tensors that the task does not use, sorted: another head, a tied copy, RoPE's buffers."""
 
     @property
     def weight_bytes(self) -> int:
@@ -88,16 +111,22 @@ class Checkpoint:
         return self.tensors["model.embed_tokens.weight"].dtype
 
 
-def load_checkpoint(folder: Path, allow_config_keys: Collection[str] = ()) -> Checkpoint:
+def load_checkpoint(folder: Path, allow_config_keys: Collection[str] = (), *, task: str = "auto") -> Checkpoint:
     """Opens a checkpoint folder and checks it against its config.
 
+    Args:
+        folder: holds ``config.json`` and ``*.safetensors``; symlinks into a hub cache are followed.
+        allow_config_keys: unknown ``config.json`` keys to accept.
+        task: see :func:`llama_export.config.resolve_task`.
+
     Raises:
-        ConfigError: see :func:`llama_export.config.load_config`.
+        ConfigError: see :func:`llama_export.config.load_config` and ``resolve_task``.
         CheckpointError: no safetensors, pickles only, a truncated or overlapping file, or tensors that are missing,
-            unexpected or mis-shaped (both sets are listed).
+            unexpected or mis-shaped (both sets are listed); no head for the task.
     """
     _check_folder(folder)
     config = load_config(folder, allow_config_keys)
+    resolved = resolve_task(task, config)
     names = _weight_file_names(folder)
     entries: dict[str, TensorEntry] = {}
     files = []
@@ -112,7 +141,8 @@ def load_checkpoint(folder: Path, allow_config_keys: Collection[str] = ()) -> Ch
                     hint="remove the file that does not belong to this checkpoint",
                 )
             entries[entry.name] = entry
-    return Checkpoint(folder, config, _match_tensors(folder, config, entries), tuple(files))
+    tensors, dropped = _match_tensors(folder, config, resolved, entries)
+    return Checkpoint(folder, config, tensors, tuple(files), resolved, dropped)
 
 
 def read_safetensors_header(path: Path) -> tuple[WeightFile, list[TensorEntry]]:
@@ -269,31 +299,90 @@ def _weight_file_names(folder: Path) -> list[str]:
     )
 
 
-def _match_tensors(folder: Path, config: LlamaConfig, found: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    expected = expected_tensors(config)
-    extra = {name for name in found if name not in expected and not _IGNORED_TENSOR.fullmatch(name)}
-    if config.tie_word_embeddings and "lm_head.weight" in extra:
+def _match_tensors(
+    folder: Path, config: LlamaConfig, task: Task, stored: Mapping[str, TensorEntry]
+) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
+    """Reference name -> entry, and the stored names that are not used."""
+    expected, found = expected_tensors(config, task), _by_reference_name(folder, stored)
+    extra = {name for name in found if name not in expected}
+    dropped = {name for name in extra if _ROTARY.fullmatch(name) or name in _DROPPED_HEADS[task]}
+    if task == "causal-lm" and config.tie_word_embeddings and "lm_head.weight" in extra:
         _check_tied_copy(folder, found)
-        extra.discard("lm_head.weight")
+        dropped.add("lm_head.weight")
+    extra -= dropped
     missing = [name for name in expected if name not in found]
     mis_shaped = [name for name in expected if name in found and found[name].shape != expected[name]]
+    if missing and not extra and not mis_shaped and set(missing) <= set(_HEADS):
+        raise _no_head(folder, config, task, missing, found)
     if missing or extra or mis_shaped:
         details: dict[str, object] = {"folder": folder}
         if missing:
             details["missing"] = _shorten(missing)
         if extra:
-            details["unexpected"] = _shorten(sorted(extra))
+            details["unexpected"] = _shorten(sorted(found[name].name for name in extra))
         if mis_shaped:
             details["mis-shaped"] = _shorten(
-                [f"{name}: got {list(found[name].shape)}, expected {list(expected[name])}" for name in mis_shaped]
+                [
+                    f"{found[name].name}: got {list(found[name].shape)}, expected {list(expected[name])}"
+                    for name in mis_shaped
+                ]
             )
+        hint = (
+            f"config.json says num_hidden_layers: {config.num_hidden_layers}, hidden_size: {config.hidden_size}, "
+            f"tie_word_embeddings: {str(config.tie_word_embeddings).lower()}"
+        )
+        if set(_HEADS) & {*missing, *mis_shaped, *extra}:
+            hint += f", num_labels: {config.num_labels}; the task is {task}: choose another with --task"
         raise CheckpointError(
             f"checkpoint does not match its config: {len(missing)} missing, {len(extra)} unexpected, {len(mis_shaped)} mis-shaped",
             details=details,
-            hint=f"config.json says num_hidden_layers: {config.num_hidden_layers}, hidden_size: {config.hidden_size}, "
-            f"tie_word_embeddings: {str(config.tie_word_embeddings).lower()}",
+            hint=hint,
         )
-    return {name: found[name] for name in expected}
+    return {name: found[name] for name in expected}, tuple(sorted(found[name].name for name in dropped))
+
+
+def _by_reference_name(folder: Path, stored: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The decoder's tensors under ``model.``, whatever they are stored under; all others under their own names."""
+    prefixes: dict[str, str] = {}
+    for name in sorted(stored):
+        if match := _DECODER.fullmatch(name):
+            prefixes.setdefault(match[1], name)
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            "the decoder is stored under several prefixes: " + " and ".join(f"`{prefix}`" for prefix in prefixes),
+            details={"folder": folder, "got": ", ".join(prefixes.values()), "expected": "one of " + _listed_prefixes()},
+            hint="two models are mixed in this folder: save one of them again with save_pretrained(folder)",
+        )
+    prefix = next(iter(prefixes), "model.")
+    return {
+        f"model.{name.removeprefix(prefix)}" if _DECODER.fullmatch(name) else name: entry
+        for name, entry in stored.items()
+    }
+
+
+def _listed_prefixes() -> str:
+    return ", ".join(f"`{prefix}`" for prefix in _PREFIXES)
+
+
+def _no_head(
+    folder: Path, config: LlamaConfig, task: Task, missing: list[str], found: Mapping[str, TensorEntry]
+) -> CheckpointError:
+    """Everything is there but the head: never a random one in its place."""
+    if task == "causal-lm":
+        hint = "if the head is the embedding matrix, set tie_word_embeddings to true; for hidden states alone choose --task feature-extraction"
+    else:
+        base = "causal-lm" if "lm_head.weight" in found or config.tie_word_embeddings else "feature-extraction"
+        hint = f"train it first, or choose --task {base}"
+    return CheckpointError(
+        f"the checkpoint has no head for {task}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing",
+        details={
+            "folder": folder,
+            "got": ", ".join(name for name in _HEADS if name in found) or "no head",
+            "architectures": ", ".join(config.architectures) or "none named",
+            "tie_word_embeddings": str(config.tie_word_embeddings).lower(),
+        },
+        hint=hint,
+    )
 
 
 def _check_tied_copy(folder: Path, found: Mapping[str, TensorEntry]) -> None:

@@ -14,16 +14,20 @@ import os
 import signal
 import statistics
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llama_export import __version__
-from llama_export.config import BACKENDS, DTYPES, EngineConfig, ExportConfig
+from llama_export.config import BACKENDS, DTYPES, TASKS, EngineConfig, ExportConfig
 from llama_export.errors import ConfigError, LlamaExportError, ShapeError, ToolchainError
+
+if TYPE_CHECKING:
+    from llama_export.bundle import Bundle
 
 EXIT_CODES = """\b
 Exit codes:
@@ -52,7 +56,9 @@ def cli() -> None:
 @click.option(
     "-o", "--output", type=_PATH, help="Folder to make.  [default: write into CHECKPOINT, which becomes the bundle]"
 )
-@click.option("--task", type=click.Choice(["auto", "causal-lm"]), default="auto", help="Which head to export.")
+@click.option(
+    "--task", type=click.Choice(["auto", *TASKS]), default="auto", help="Which head; auto: the checkpoint's architecture."
+)
 @click.option(
     "--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Compute dtype; auto: the checkpoint's own."
 )
@@ -77,9 +83,8 @@ def export(
     """Export CHECKPOINT (a Hugging Face folder) to ONNX, weights by reference."""
     from llama_export.export import export_checkpoint
 
-    del task  # one head so far; `auto` and its name mean the same
     config = ExportConfig(
-        dtype=dtype, weights=weights, force=force, hash_weights=hash_weights, allow_config_keys=allow_config_keys
+        task=task, dtype=dtype, weights=weights, force=force, hash_weights=hash_weights, allow_config_keys=allow_config_keys
     )
     with _progress("bytes") as progress:
         result = export_checkpoint(checkpoint, output, config, log=_log, progress=progress)
@@ -128,8 +133,9 @@ def build(
 
 @cli.command()
 @click.argument("bundle", type=_PATH)
-@click.option("--prompt", help="Text to continue.")
-@click.option("--tokens", metavar="1,2,3", help="Token ids to continue, instead of --prompt.")
+@click.option("--prompt", help="Text to continue, to classify, to embed; or the question.")
+@click.option("--context", help="Question answering: the text that holds the answer.")
+@click.option("--tokens", metavar="1,2,3", help="Token ids instead of --prompt.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), default=64, metavar="TOKENS", help="How many tokens to add at most."
 )
@@ -143,24 +149,64 @@ def build(
 @_ignore_hashes
 @_json_flag
 def run(
-    bundle: Path, prompt: str | None, tokens: str | None, max_new_tokens: int, max_seq_len: int | None, threads: int | None,
-    ignore_hashes: bool, as_json: bool,
+    bundle: Path, prompt: str | None, context: str | None, tokens: str | None, max_new_tokens: int, max_seq_len: int | None,
+    threads: int | None, ignore_hashes: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Continue a prompt on onnxruntime (CPU), greedily. Text goes to stdout as it is generated."""
+    """Run BUNDLE on onnxruntime (CPU): continue a prompt, greedily, or say what the head makes of it.
+
+    Text goes to stdout as it is generated.
+    """
     from llama_export.bundle import load_bundle
-    from llama_export.runtime import OnnxRuntimeSession, TextCodec, generate
 
     if (prompt is None) == (tokens is None):
         raise click.UsageError("give either --prompt TEXT or --tokens 1,2,3")
-    if prompt is not None and not _is_unicode(prompt):
-        raise ConfigError(
-            "--prompt is not UTF-8 text", details={"got": ascii(prompt)}, hint="check the terminal's encoding"
-        )
+    for flag, text in (("--prompt", prompt), ("--context", context)):
+        if text is not None and not _is_unicode(text):
+            raise ConfigError(
+                f"{flag} is not UTF-8 text", details={"got": ascii(text)}, hint="check the terminal's encoding"
+            )
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
+    if opened.task == "causal-lm":
+        if context is not None:
+            raise ConfigError(
+                "a context means nothing to causal-lm", details={"bundle": bundle}, hint="leave --context out"
+            )
+        _generate(opened, prompt, tokens, max_new_tokens, max_seq_len, threads, as_json)
+    else:
+        _predict(opened, prompt, context, tokens, threads, as_json)
+
+
+def _predict(
+    opened: Bundle, prompt: str | None, context: str | None, tokens: str | None, threads: int | None, as_json: bool
+) -> None:
+    """One text through a head; token ids give the bare outputs."""
+    from llama_export.runtime import OnnxRuntimeHeadSession, TextCodec, predict
+
+    session = OnnxRuntimeHeadSession(opened, threads=threads)
+    if session.note:
+        _log(f"run: {session.note}")
+    start = time.perf_counter()
+    if prompt is None:
+        outputs = session.run([_token_list(tokens or "")])
+        data = {"task": session.task, **{name: array[0].tolist() for name, array in outputs.items()}}
+    else:
+        encoding = TextCodec(opened.folder).encode_with_offsets(prompt, context)
+        data = predict(session, encoding, prompt, context)
+    data |= {"seconds": round(time.perf_counter() - start, 6), "backend": session.backend}
+    _print(data, as_json, "\n".join(_lines(data)))
+
+
+def _generate(
+    opened: Bundle, prompt: str | None, tokens: str | None, max_new_tokens: int, max_seq_len: int | None,
+    threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """One prompt continued; text goes out as it comes."""
+    from llama_export.runtime import OnnxRuntimeSession, TextCodec, generate
+
     codec = TextCodec(opened.folder) if prompt is not None or (opened.folder / "tokenizer.json").is_file() else None
     ids = codec.encode(prompt) if prompt is not None and codec is not None else _token_list(tokens or "")
     if max_seq_len is None:
-        max_seq_len = _capacity(len(ids), max_new_tokens, opened.config.max_position_embeddings)
+        max_seq_len = _capacity(len(ids), max_new_tokens, opened.config.max_length)
     session = OnnxRuntimeSession(opened, max_seq_len=max_seq_len, threads=threads)
     if session.note:
         _log(f"run: {session.note}")
@@ -208,7 +254,7 @@ def _capacity(prompt: int, new_tokens: int, limit: int) -> int:
     if needed > limit:
         raise ShapeError(
             f"prompt and new tokens need {needed} positions, the model has {limit}",
-            details={"prompt": f"{prompt} tokens", "max_new_tokens": new_tokens, "max_position_embeddings": limit},
+            details={"prompt": f"{prompt} tokens", "max_new_tokens": new_tokens, "longest sequence": limit},
             hint="shorten the prompt, or lower --max-new-tokens",
         )
     return max(1, min(-(-needed // 64) * 64, limit))
@@ -295,7 +341,7 @@ def bench(
     from llama_export.runtime import OnnxRuntimeSession, generate
 
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
-    capacity = _capacity(prompt_tokens, new_tokens, opened.config.max_position_embeddings)
+    capacity = _capacity(prompt_tokens, new_tokens, opened.config.max_length)
     session = OnnxRuntimeSession(opened, max_seq_len=capacity, threads=threads)
     prompt = np.random.default_rng(0).integers(0, opened.config.vocab_size, prompt_tokens).tolist()
     results = [generate(session, [prompt], max_new_tokens=new_tokens) for _ in range(runs + 1)][1:]

@@ -17,6 +17,18 @@ V vocabulary); symbols in the file: ``batch_size``, ``num_new_tokens``, ``num_lo
 ``logits``                       float32      [B, N, V]
 ``present.{i}.key``              model dtype  [B, G, C, D]  and ``.value``; aliases the past tensor when bound to it
 ===============================  ===========  ============  ==========================================================
+
+The heads without a cache (S is ``num_tokens``, K ``num_labels``, E ``hidden_size``):
+
+===============================  ===========  ============  ==========================================================
+``input_ids``                    int64        [B, S]        padded on either side
+``attention_mask``               int64        [B, S]        0 where there is padding
+``logits``                       float32      [B, K]        sequence-classification; B is 1 without a padding token
+``logits``                       float32      [B, S, K]     token-classification
+``start_logits``                 float32      [B, S]        and ``end_logits``: question-answering
+``last_hidden_state``            float32      [B, S, E]     feature-extraction
+``sentence_embedding``           float32      [B, E]        feature-extraction: the last attended token's row
+===============================  ===========  ============  ==========================================================
 """
 
 from __future__ import annotations
@@ -27,7 +39,7 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +58,10 @@ from llama_export.bundle import (
     staged_bundle,
 )
 from llama_export.checkpoint import Checkpoint, TensorEntry, load_checkpoint, resolve_dtype
-from llama_export.config import TASK, ExportConfig, LlamaConfig
+from llama_export.config import ExportConfig, LlamaConfig, Task, count_parameters
 from llama_export.errors import ExportError, MissingDependencyError
-from llama_export.kv_cache import CAPACITY, GRANULARITY, LAYOUT, cache_names
+from llama_export.graph_io import INTERFACES, is_single_text
+from llama_export.kv_cache import GRANULARITY, LAYOUT, cache_names
 
 try:
     import onnx
@@ -56,16 +69,14 @@ try:
     import torch
 
     from llama_export import ops
-    from llama_export.model import LlamaForCausalLM
-    from llama_export.model.rope import inverse_frequencies
+    from llama_export.model import MODEL_CLASSES, LlamaForCausalLM
+    from llama_export.model.rope import rope_buffers
 except ModuleNotFoundError as err:
     raise MissingDependencyError(err.name or "torch", "export") from err
 
 IR_VERSION = 11
 """Of the ONNX file: the first with opset 24; onnxruntime 1.32 and TensorRT-RTX 1.7 read it."""
-_DIMENSIONS = ("batch_size", "num_new_tokens", "num_logits", CAPACITY)
-_INPUTS = ("input_ids", "past_length", "sequence_length", "logits_index")
-_INV_FREQ = "model.rotary_emb.inv_freq"
+_ROPE = "model.rotary_emb."
 _REPORT = "the exporter and the installed torch disagree: report it with the output of `llama-export env`"
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -111,15 +122,17 @@ def export_checkpoint(
     """
     config = config or ExportConfig()
     start = time.perf_counter()
-    checkpoint = load_checkpoint(folder, config.allow_config_keys)
+    checkpoint = load_checkpoint(folder, config.allow_config_keys, task=config.task)
     dtype = resolve_dtype(config.dtype, checkpoint)
     destination = plan_destination(checkpoint, output, force=config.force, weights=config.weights)
-    log(
-        f"export: {checkpoint.config.num_parameters:,} parameters, {dtype}, {checkpoint.config.num_hidden_layers} layers"
-    )
+    llama, task = checkpoint.config, checkpoint.task
+    num_parameters = count_parameters(llama, task)
+    log(f"export: {task}, {num_parameters:,} parameters, {dtype}, {llama.num_hidden_layers} layers")
+    if checkpoint.dropped:
+        log(f"export: {len(checkpoint.dropped)} stored tensors that {task} does not use: {_listed(checkpoint.dropped)}")
 
     with _collector_paused():
-        graph = graph_from_program(trace_program(checkpoint.config, dtype), checkpoint.config)
+        graph = graph_from_program(trace_program(llama, dtype, task), llama, task)
     models = {
         "standard": (MODEL_NAME, dtype, model_proto(graph, checkpoint, dtype, "standard")),
         # onnxruntime's CPU provider has no bfloat16 kernels and computes float16 in float32: its file is float32.
@@ -138,14 +151,16 @@ def export_checkpoint(
         manifest = manifest_from_export(
             checkpoint,
             dtype=dtype,
-            task=TASK,
+            task=task,
             io=io_table(standard),
             ops={op: ops.OP_SPECS[op].version for op in sorted(custom_op_counts(standard))},
             functions={
                 target: {"file": name, "sha256": sha256_of_file(staging / name), "dtype": target_dtype}
                 for target, (name, target_dtype, _) in models.items()
             },
-            kv_cache={"layout": LAYOUT, "dtype": dtype, "granularity": GRANULARITY},
+            kv_cache={"layout": LAYOUT, "dtype": dtype, "granularity": GRANULARITY}
+            if INTERFACES[task].has_cache
+            else None,
             generator={"torch": torch.__version__, "onnx": onnx.__version__, "opset": str(ops.OPSET_VERSION)},
             weights=files,
             weight_hashes={file.name: sha256_of_file(weights_at / file.name) for file in files}
@@ -158,9 +173,9 @@ def export_checkpoint(
     return ExportResult(
         bundle=str(destination.folder),
         model=str(destination.folder / MODEL_NAME),
-        task=TASK,
+        task=task,
         dtype=dtype,
-        num_parameters=checkpoint.config.num_parameters,
+        num_parameters=num_parameters,
         weight_bytes_referenced=checkpoint.weight_bytes,
         weight_bytes_written=written,
         seconds=round(seconds, 3),
@@ -168,39 +183,45 @@ def export_checkpoint(
     )
 
 
-def trace_program(config: LlamaConfig, dtype: str) -> torch.export.ExportedProgram:
-    """Traces the reference with static KV-cache inputs; batch, new tokens, wanted positions and capacity are symbols.
+def _listed(names: Sequence[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def trace_program(config: LlamaConfig, dtype: str, task: Task = "causal-lm") -> torch.export.ExportedProgram:
+    """Traces the reference; batch, tokens, wanted positions and capacity are symbols.
 
     Built on the meta device: no tensor of the model has storage.
     """
+    # Sizes differ from each other and from 1, so that no two dimensions are taken for the same or for a constant.
+    batch, tokens, wanted, capacity = 1 if is_single_text(config, task) else 2, 7, 3, 16
+    B, S, N, C = (torch.export.Dim(name, min=1) for name in ("B", "S", "N", "C"))
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+        model = MODEL_CLASSES[task](config).to(getattr(torch, dtype)).eval()
         model.model.rotary_emb.float()  # frequencies stay float32 in 16-bit models
-        # Sizes differ from each other and from 1, so that no two dimensions are taken for the same or for a constant.
-        batch, new_tokens, wanted, capacity = 2, 7, 3, 16
-        lengths = torch.zeros(batch, dtype=torch.int64)
-        arguments = (
-            torch.zeros(batch, new_tokens, dtype=torch.int64),
-            lengths,
-            lengths.clone(),
-            torch.zeros(batch, wanted, dtype=torch.int64),
-            model.empty_cache(batch, capacity),
-        )
-    B, S, N, C = (torch.export.Dim(name, min=1) for name in _DIMENSIONS)
-    cache = [({0: B, 2: C}, {0: B, 2: C}) for _ in range(config.num_hidden_layers)]
-    return torch.export.export(
-        model, arguments, dynamic_shapes=({0: B, 1: S}, {0: B}, {0: B}, {0: B, 1: N}, cache), strict=False
-    )
+        input_ids = torch.zeros(batch, tokens, dtype=torch.int64)
+        arguments: tuple[Any, ...]
+        shapes: tuple[Any, ...]
+        if isinstance(model, LlamaForCausalLM):
+            lengths = torch.zeros(batch, dtype=torch.int64)
+            index = torch.zeros(batch, wanted, dtype=torch.int64)
+            arguments = (input_ids, lengths, lengths.clone(), index, model.empty_cache(batch, capacity))
+            cache = [({0: B, 2: C}, {0: B, 2: C}) for _ in range(config.num_hidden_layers)]
+            shapes = ({0: B, 1: S}, {0: B}, {0: B}, {0: B, 1: N}, cache)
+        else:
+            arguments = (input_ids, input_ids.clone())
+            text = {1: S} if is_single_text(config, task) else {0: B, 1: S}
+            shapes = (text, text)
+    return torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
 
 
-def graph_from_program(program: torch.export.ExportedProgram, config: LlamaConfig) -> ir.Model:
+def graph_from_program(program: torch.export.ExportedProgram, config: LlamaConfig, task: Task) -> ir.Model:
     """The ONNX graph of a traced program: one node per custom op, nodes named after their module, no weights yet.
 
     Raises:
         ExportError: the counts of custom nodes or the weights are not what the config implies.
     """
     ops.register_onnx_schemas()
-    names = list(cache_names(config.num_hidden_layers))
     with _quiet_exporter():
         converted = torch.onnx.export(
             program,
@@ -209,22 +230,23 @@ def graph_from_program(program: torch.export.ExportedProgram, config: LlamaConfi
             optimize=False,
             verbose=False,
             custom_translation_table=ops.translation_table(),
-            input_names=[*_INPUTS, *(past for past, _ in names)],
-            output_names=["logits", *(present for _, present in names)],
+            input_names=INTERFACES[task].input_names(config),
+            output_names=INTERFACES[task].output_names(config),
         )
     if converted is None:
         raise ExportError("torch.onnx.export returned nothing", hint=_REPORT)
     model: ir.Model = converted.model
     _name_nodes(model.graph)
-    _name_dimensions(model.graph)
+    _name_dimensions(model.graph, task)
     _share_tied_embedding(model.graph, config)
-    frequencies = model.graph.initializers[_INV_FREQ]
-    frequencies.const_value = ir.Tensor(inverse_frequencies(config.rope, config.head_dim).numpy(), name=_INV_FREQ)
+    for name, values in rope_buffers(config).items():
+        frequencies = model.graph.initializers[_ROPE + name]
+        frequencies.const_value = ir.Tensor(values.numpy(), name=frequencies.name)
     model.opset_imports[ops.DOMAIN] = 1
     model.ir_version = IR_VERSION
     model.metadata_props.clear()
     model.producer_name, model.producer_version, model.doc_string = "llama_export", None, None
-    _check_counts(model.graph, config)
+    _check_counts(model.graph, config, task)
     return model
 
 
@@ -253,13 +275,15 @@ def _parse_scopes(text: str) -> list[str]:
     return [str(scope) for scope in ast.literal_eval(text)]
 
 
-def _name_dimensions(graph: ir.Graph) -> None:
+def _name_dimensions(graph: ir.Graph, task: Task) -> None:
     """Replaces the tracer's symbols (``s17``) by the names of the contract, everywhere in the graph."""
     inputs = {value.name: value.shape for value in graph.inputs}
-    ids, index = inputs["input_ids"], inputs["logits_index"]
-    cache = next(shape for name, shape in inputs.items() if name.startswith("past_key_values."))
-    symbols = zip((ids[0], ids[1], index[1], cache[2]), _DIMENSIONS, strict=True)
-    renamed = {str(symbol.value): name for symbol, name in symbols}
+    symbols = list(inputs["input_ids"])
+    if INTERFACES[task].has_cache:
+        cache = next(shape for name, shape in inputs.items() if name.startswith("past_key_values."))
+        symbols += [inputs["logits_index"][1], cache[2]]
+    names = zip(symbols, INTERFACES[task].dimensions, strict=True)
+    renamed = {str(symbol.value): name for symbol, name in names if isinstance(symbol, ir.SymbolicDim)}
     for value in _values(graph):
         if value.shape is None:
             continue
@@ -283,10 +307,11 @@ def _share_tied_embedding(graph: ir.Graph, config: LlamaConfig) -> None:
         graph.register_initializer(value)
 
 
-def expected_op_counts(config: LlamaConfig) -> dict[str, int]:
+def expected_op_counts(config: LlamaConfig, task: Task) -> dict[str, int]:
     """Custom nodes the graph must hold: the first norm has no residual before it, all others do."""
     layers = config.num_hidden_layers
-    return {"LlamaRMSNorm": 1, "LlamaAddRMSNorm": 2 * layers, "LlamaAttention": layers}
+    attention = "LlamaAttention" if INTERFACES[task].has_cache else "LlamaMaskedAttention"
+    return {"LlamaRMSNorm": 1, "LlamaAddRMSNorm": 2 * layers, attention: layers}
 
 
 def custom_op_counts(proto: onnx.ModelProto) -> dict[str, int]:
@@ -294,12 +319,12 @@ def custom_op_counts(proto: onnx.ModelProto) -> dict[str, int]:
     return dict(Counter(node.op_type for node in proto.graph.node if node.domain == ops.DOMAIN))
 
 
-def _check_counts(graph: ir.Graph, config: LlamaConfig) -> None:
+def _check_counts(graph: ir.Graph, config: LlamaConfig, task: Task) -> None:
     got = dict(Counter(node.op_type for node in graph if node.domain == ops.DOMAIN))
-    if got != expected_op_counts(config):
+    if got != expected_op_counts(config, task):
         raise ExportError(
             "the traced graph does not hold the ops the config implies",
-            details={"got": got, "expected": expected_op_counts(config)},
+            details={"got": got, "expected": expected_op_counts(config, task)},
             hint="this is a bug or an untested torch version: see `llama-export env`",
         )
 
@@ -338,12 +363,12 @@ def _retype(graph: ir.Graph, dtype: ir.DataType) -> None:
 
 
 def _reference_weights(graph: ir.Graph, checkpoint: Checkpoint, dtype: ir.DataType) -> None:
-    """Points every weight initializer into its safetensors file.
+    """Points every weight initializer into its safetensors file, under the name it has there.
 
     Raises:
         ExportError: the graph's weights are not exactly the checkpoint's.
     """
-    weights = {name for name in graph.initializers if name != _INV_FREQ}
+    weights = {name for name in graph.initializers if not name.startswith(_ROPE)}
     if weights != set(checkpoint.tensors):
         raise ExportError(
             "the traced graph does not use the checkpoint's tensors one to one",
@@ -357,15 +382,19 @@ def _reference_weights(graph: ir.Graph, checkpoint: Checkpoint, dtype: ir.DataTy
     for name, entry in checkpoint.tensors.items():
         value = graph.initializers[name]
         stored = getattr(ir.DataType, _ONNX_DTYPE[entry.dtype])
+        del graph.initializers[name]
         if stored == dtype:
-            value.const_value = _external(entry, stored)
+            value.name, value.const_value = entry.name, _external(entry, stored)
+            graph.register_initializer(value)
             continue
         source = ir.Value(
-            name=name, type=ir.TensorType(stored), shape=ir.Shape(entry.shape), const_value=_external(entry, stored)
+            name=entry.name,
+            type=ir.TensorType(stored),
+            shape=ir.Shape(entry.shape),
+            const_value=_external(entry, stored),
         )
-        cast = ir.node("Cast", [source], attributes={"to": dtype.value}, name=f"{name}/Cast")
-        cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = f"{name}/cast", value.type, value.shape
-        del graph.initializers[name]
+        cast = ir.node("Cast", [source], attributes={"to": dtype.value}, name=f"{entry.name}/Cast")
+        cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = f"{entry.name}/cast", value.type, value.shape
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
         graph.register_initializer(source)
         casts.append(cast)
@@ -400,7 +429,7 @@ def check_model(proto: onnx.ModelProto) -> None:
 
 def io_table(proto: onnx.ModelProto) -> list[Mapping[str, Any]]:
     """Inputs, then outputs: name, dtype, shape (integers and symbols), and what an output may share memory with."""
-    aliases = {present: past for past, present in cache_names(len(proto.graph.output) // 2)}
+    aliases = {present: past for past, present in cache_names(len(proto.graph.output) // 2)}  # none without a cache
     table: list[Mapping[str, Any]] = []
     for kind, values in (("input", proto.graph.input), ("output", proto.graph.output)):
         for value in values:

@@ -199,7 +199,7 @@ def polite_signals(checkpoint: Path, scratch: Path) -> list[dict[str, Any]]:
 def share_one_trace(checkpoint: Path) -> None:
     """Tracing and checking are most of an export's time, and not what is tested here."""
     config = export.load_checkpoint(checkpoint).config
-    graph = export.graph_from_program(export.trace_program(config, "float32"), config)
+    graph = export.graph_from_program(export.trace_program(config, "float32"), config, "causal-lm")
     protos: dict[str, Any] = {}
     make = export.model_proto
 
@@ -208,8 +208,8 @@ def share_one_trace(checkpoint: Path) -> None:
             protos[target] = make(graph, opened, dtype, target)
         return protos[target]
 
-    export.trace_program = lambda config, dtype: None  # type: ignore[assignment, return-value]
-    export.graph_from_program = lambda program, config: graph  # type: ignore[assignment]
+    export.trace_program = lambda *_: None  # type: ignore[assignment, return-value]
+    export.graph_from_program = lambda *_: graph  # type: ignore[assignment]
     export.model_proto = model_proto
     export.check_model = lambda proto: None
     opened = export.load_checkpoint(checkpoint)

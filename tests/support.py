@@ -69,13 +69,12 @@ def check_export_refused(
 def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets exports of one config share one trace, which is most of what a tiny export costs. The graph is read-only."""
 
-    def graph_from_program(program: tuple[Any, str], config: Any) -> Any:
-        key = (config, program[1])
-        if key not in _graphs:
-            _graphs[key] = _graph_from_program(_trace_program(*program), config)
-        return _graphs[key]
+    def graph_from_program(program: tuple[Any, ...], config: Any, task: Any) -> Any:
+        if program not in _graphs:
+            _graphs[program] = _graph_from_program(_trace_program(*program), config, task)
+        return _graphs[program]
 
-    monkeypatch.setattr(export, "trace_program", lambda config, dtype: (config, dtype))
+    monkeypatch.setattr(export, "trace_program", lambda *arguments: arguments)
     monkeypatch.setattr(export, "graph_from_program", graph_from_program)
 
 

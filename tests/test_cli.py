@@ -221,7 +221,7 @@ def test_export_prints_the_keys_of_the_contract(
     assert data["peak_rss_bytes"] > 1 << 20
     lines = captured.err.splitlines()
     assert len(lines) == 2
-    assert lines[0] == f"export: {data['num_parameters']:,} parameters, float32, 2 layers"
+    assert lines[0] == f"export: causal-lm, {data['num_parameters']:,} parameters, float32, 2 layers"
     assert lines[1].startswith("export: done in ")
     assert main(["export", str(checkpoint)]) == 0
     assert capsys.readouterr().out == f"{checkpoint}\n"
@@ -565,8 +565,8 @@ def test_prompt_beyond_the_models_positions_is_refused(bundle: Path, capsys: Cap
     prompt = ",".join(["1"] * 120)
     check_refused(
         capsys, bundle, ["run", bundle, "--tokens", prompt, "--max-new-tokens", "10"],
-        "prompt and new tokens need 129 positions, the model has 128", "prompt:                  120 tokens",
-        "max_new_tokens:          10", "max_position_embeddings: 128", "lower --max-new-tokens",
+        "prompt and new tokens need 129 positions, the model has 128", "prompt:           120 tokens",
+        "max_new_tokens:   10", "longest sequence: 128", "lower --max-new-tokens",
     )  # fmt: skip
     assert main(["run", str(bundle), "--tokens", prompt, "--max-new-tokens", "9", "--json"]) == 0
     assert len(document(capsys.readouterr().out)["tokens"][0]) <= 9
@@ -583,14 +583,12 @@ def test_prompt_beyond_the_capacity_is_refused(bundle: Path, capsys: Capture) ->
 def test_capacity_beyond_the_models_positions_is_refused(bundle: Path, capsys: Capture) -> None:
     check_refused(
         capsys, bundle, ["run", bundle, "--tokens", "1", "--max-seq-len", "129"], "a cache of 1 rows of 129 tokens",
-        "1 to 128 tokens (max_position_embeddings)", "another --max-seq-len",
+        "1 to 128 tokens, the model's longest sequence", "another --max-seq-len",
     )  # fmt: skip
 
 
 def test_bench_beyond_the_models_positions_is_refused(bundle: Path, capsys: Capture) -> None:
-    check_refused(
-        capsys, bundle, ["bench", bundle], "need 191 positions, the model has 128", "max_position_embeddings: 128"
-    )
+    check_refused(capsys, bundle, ["bench", bundle], "need 191 positions, the model has 128", "longest sequence: 128")
 
 
 def test_prompt_needs_a_tokenizer(bundle: Path, capsys: Capture) -> None:

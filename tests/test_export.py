@@ -396,7 +396,7 @@ def test_a_weight_that_the_graph_does_not_use_is_refused(
     extra = dataclasses.replace(full.tensors["model.norm.weight"], name="model.norm.bias")
     fewer = {name: entry for name, entry in full.tensors.items() if name != "lm_head.weight"}
     changed = dataclasses.replace(full, tensors={**fewer, "model.norm.bias": extra})
-    monkeypatch.setattr(export_module, "load_checkpoint", lambda *_: changed)
+    monkeypatch.setattr(export_module, "load_checkpoint", lambda *_, **__: changed)
     with pytest.raises(ExportError, match="one to one") as caught:
         export_checkpoint(folder)
     assert caught.value.details["not in the checkpoint"] == "['lm_head.weight']"

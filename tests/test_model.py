@@ -16,7 +16,7 @@ import torch
 from llama_export.checkpoint import TensorEntry, load_checkpoint
 from llama_export.config import RopeConfig, config_from_dict
 from llama_export.model import LlamaForCausalLM, load_reference
-from llama_export.model.heads import read_tensor
+from llama_export.model.loading import read_tensor
 from llama_export.model.rope import inverse_frequencies
 
 BASE: dict[str, Any] = {

@@ -12,6 +12,7 @@ import torch
 
 from llama_export import ops
 from llama_export.config import LlamaConfig, RopeConfig
+from llama_export.model.attention import LayerCache
 from llama_export.model.decoder import LlamaDecoderLayer
 from llama_export.model.mlp import LlamaMLP
 from llama_export.model.rms_norm import LlamaRMSNorm
@@ -187,11 +188,11 @@ class TestPreNormResidualOrder:
         """A layer takes its input as two summands and returns its output as two."""
         S = len(x)
         angle = torch.from_numpy(np.arange(S)[:, None] * oracles.default_frequencies(10000, 16))[None]
-        cache = torch.zeros(1, 2, S, 16), torch.zeros(1, 2, S, 16)
+        past = LayerCache(torch.zeros(1, 2, S, 16), torch.zeros(1, 2, S, 16), torch.zeros(1, dtype=torch.int64))
         total = torch.from_numpy(x)[None]
         residual = None if split == 0 else total * split
         hidden = total if split == 0 else total * (1 - split)
-        mlp_out, x1, _ = layer(hidden, residual, angle.cos(), angle.sin(), cache, torch.zeros(1, dtype=torch.int64))
+        mlp_out, x1, _ = layer(hidden, residual, angle.cos(), angle.sin(), past, None)
         return (mlp_out + x1)[0].detach().numpy()
 
     @pytest.mark.parametrize("split", [0, 0.25, 1.5], ids=["first layer", "two summands", "other summands"])

@@ -37,19 +37,24 @@ def attention_eager(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the module; past tensors are not modified, the present ones are new."""
-    S, C = query.shape[1], past_key.shape[2]
-    positions = past_length.unsqueeze(1) + torch.arange(S, device=query.device)  # [B, S]
-
     q_BHSD = rotate(split_heads(query, num_heads), cos, sin)
     k_BGSD = rotate(split_heads(key, num_kv_heads), cos, sin)
-    v_BGSD = split_heads(value, num_kv_heads)
-
-    slots = positions[:, None, :, None].expand_as(k_BGSD)
-    present_key = past_key.scatter(2, slots, k_BGSD)
-    present_value = past_value.scatter(2, slots, v_BGSD)
-
-    visible = torch.arange(C, device=query.device) <= positions.unsqueeze(-1)  # [B, S, C]
+    present_key = append(past_key, k_BGSD, past_length)
+    present_value = append(past_value, split_heads(value, num_kv_heads), past_length)
+    visible = visible_in_cache(past_length, query.shape[1], past_key.shape[2])
     return attend(q_BHSD, present_key, present_value, visible, scale), present_key, present_value
+
+
+def append(past_BGCD: Tensor, new_BGSD: Tensor, past_length: Tensor) -> Tensor:
+    """The cache with row b's new entries written from ``past_length[b]`` on."""
+    slots = past_length.unsqueeze(1) + torch.arange(new_BGSD.shape[2], device=past_length.device)  # [B, S]
+    return past_BGCD.scatter(2, slots[:, None, :, None].expand_as(new_BGSD), new_BGSD)
+
+
+def visible_in_cache(past_length: Tensor, new_tokens: int, capacity: int) -> Tensor:
+    """int64 [B] -> Bool [B, S, C]: key j is seen by query s of row b iff ``j <= past_length[b] + s``."""
+    positions = past_length.unsqueeze(1) + torch.arange(new_tokens, device=past_length.device)
+    return torch.arange(capacity, device=past_length.device) <= positions.unsqueeze(-1)
 
 
 def attend(q_BHSD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, visible: Tensor, scale: float) -> Tensor:

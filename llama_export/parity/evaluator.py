@@ -28,7 +28,7 @@ from torch import Tensor
 
 from llama_export.checkpoint import TensorEntry
 from llama_export.errors import ExportError
-from llama_export.model.heads import read_tensor
+from llama_export.model.loading import read_tensor
 from llama_export.ops import DOMAIN, OP_SPECS
 from llama_export.ops.attention import rotate
 from llama_export.ops.rms_norm import rms_norm_eager

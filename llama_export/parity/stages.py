@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -197,7 +197,7 @@ class Validator:
     def checkpoint(self) -> Checkpoint:
         """The bundle holds the checkpoint it came from; unknown config keys were vouched for at export."""
         allowed = tuple(self._config_keys())
-        return load_checkpoint(self.bundle.folder, allowed)
+        return load_checkpoint(self.bundle.folder, allowed, task=self.bundle.task)
 
     def _config_keys(self) -> Iterator[str]:
         from llama_export.config import load_json_object
@@ -207,12 +207,12 @@ class Validator:
     @cached_property
     def reference32(self) -> LlamaForCausalLM:
         """The reference in float32."""
-        return load_reference(self.checkpoint, torch.float32)
+        return cast(LlamaForCausalLM, load_reference(self.checkpoint, torch.float32))
 
     @cached_property
     def reference64(self) -> LlamaForCausalLM:
         """The reference in float64: the oracle."""
-        return load_reference(self.checkpoint, torch.float64)
+        return cast(LlamaForCausalLM, load_reference(self.checkpoint, torch.float64))
 
     @cached_property
     def want64(self) -> Any:

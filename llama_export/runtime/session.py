@@ -1,4 +1,4 @@
-"""An onnxruntime session that owns a static KV cache and updates it in place.
+"""onnxruntime sessions: one that owns a static KV cache and updates it in place, one for the heads without a cache.
 
 Shapes: B batch, S new tokens, N wanted positions, C kv_cache_capacity, G key/value heads, D head_dim, V vocabulary.
 
@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_export.bundle import Bundle
-from llama_export.errors import MissingDependencyError, ShapeError, ToolchainError
+from llama_export.config import LlamaConfig
+from llama_export.errors import ConfigError, MissingDependencyError, ShapeError, ToolchainError
+from llama_export.graph_io import INTERFACES, is_single_text
 from llama_export.kv_cache import cache_names, cache_shape
 
 Int64Array = NDArray[np.int64]
@@ -40,35 +42,24 @@ class OnnxRuntimeSession:
     backend = "onnxruntime-cpu"
 
     def __init__(self, bundle: Bundle, *, max_seq_len: int, batch_size: int = 1, threads: int | None = None) -> None:
-        try:
-            import onnxruntime
-        except ModuleNotFoundError as err:
-            raise MissingDependencyError("onnxruntime", "cpu") from err
-        limit = bundle.config.max_position_embeddings
+        if bundle.task != "causal-lm":
+            raise ConfigError(
+                f"this bundle does not generate text: its task is {bundle.task}",
+                details={"bundle": bundle.folder, "got": bundle.task, "expected": "causal-lm"},
+                hint="use OnnxRuntimeHeadSession, or `llama-export run BUNDLE --prompt TEXT`",
+            )
+        limit = bundle.config.max_length
         if not 1 <= max_seq_len <= limit or batch_size < 1:
             raise ShapeError(
                 f"a cache of {batch_size} rows of {max_seq_len} tokens is not possible",
-                details={"got": f"batch {batch_size}, {max_seq_len} tokens", "expected": f"batch >= 1, 1 to {limit} tokens (max_position_embeddings)"},
+                details={"got": f"batch {batch_size}, {max_seq_len} tokens", "expected": f"batch >= 1, 1 to {limit} tokens, the model's longest sequence"},
                 hint="choose another --max-seq-len",
             )  # fmt: skip
         self.config = bundle.config
         self.batch_size = batch_size
         self.capacity = max_seq_len
         self.dtype = bundle.dtype
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(bundle.onnxruntime_path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as err:
-            raise ToolchainError(
-                "onnxruntime cannot open this bundle",
-                details={"file": bundle.onnxruntime_path, "onnxruntime": onnxruntime.__version__, "reason": err},
-                hint="see the supported versions in pyproject.toml, extra `cpu`",
-            ) from err
+        onnxruntime, self._session = open_graph(bundle, threads)
         self._new_value = onnxruntime.OrtValue.ortvalue_from_numpy
         self._binding = self._session.io_binding()
         self.cache: dict[str, Any] = {}
@@ -85,9 +76,7 @@ class OnnxRuntimeSession:
     @property
     def note(self) -> str | None:
         """What a user must know about the precision of this session, if anything."""
-        if self.dtype == "float32":
-            return None
-        return f"this {self.dtype} bundle runs in float32 on a CPU: its weights are widened at load"
+        return precision_note(self.dtype)
 
     def reset(self) -> None:
         """Forgets all tokens. Old entries stay in the buffers, finite and never seen."""
@@ -175,6 +164,131 @@ class OnnxRuntimeSession:
         """A view of one cache tensor [B, G, C, D]; ``name`` is e.g. ``past_key_values.0.key``."""
         array: Float32Array = self.cache[name].numpy()
         return array
+
+
+class OnnxRuntimeHeadSession:
+    """Runs a bundle whose task has no cache (classification, question answering, features) on the CPU.
+
+    Args:
+        bundle: from :func:`llama_export.bundle.load_bundle`.
+        threads: of onnxruntime's operators; None lets onnxruntime choose (one per core).
+
+    Raises:
+        MissingDependencyError: no onnxruntime.
+        ConfigError: a causal LM.
+        ToolchainError: onnxruntime cannot open the graph; its message is attached.
+    """
+
+    backend = "onnxruntime-cpu"
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        interface = INTERFACES[bundle.task]
+        if interface.has_cache:
+            raise ConfigError(
+                f"this bundle has a KV cache: its task is {bundle.task}",
+                details={"bundle": bundle.folder, "got": bundle.task, "expected": "a task without a cache"},
+                hint="use OnnxRuntimeSession",
+            )
+        self.config, self.task, self.dtype = bundle.config, bundle.task, bundle.dtype
+        self._outputs = list(interface.outputs)
+        _, self._session = open_graph(bundle, threads)
+
+    @property
+    def note(self) -> str | None:
+        """What a user must know about the precision of this session, if anything."""
+        return precision_note(self.dtype)
+
+    def run(
+        self, input_ids: Sequence[Sequence[int]] | Int64Array, attention_mask: Sequence[Sequence[int]] | Int64Array | None = None
+    ) -> dict[str, Float32Array]:
+        """One padded batch.
+
+        Args:
+            input_ids: [B, S], padded on either side.
+            attention_mask: [B, S], 0 where there is padding; default: no padding.
+
+        Returns:
+            Output name -> float32 tensor; names and shapes are in :mod:`llama_export.export`.
+
+        Raises:
+            ShapeError: shapes that differ, an empty batch, a token id outside the vocabulary, more tokens than the model
+                has positions, or several texts for a classifier without a padding token.
+            ToolchainError: onnxruntime cannot compute the graph; its message is attached.
+        """  # fmt: skip
+        ids: Int64Array = np.ascontiguousarray(input_ids, np.int64)
+        mask: Int64Array = np.ones_like(ids) if attention_mask is None else np.ascontiguousarray(attention_mask, np.int64)
+        check_texts(ids, mask, self.config, self.task)
+        try:
+            found = self._session.run(self._outputs, {"input_ids": ids, "attention_mask": mask})
+        except Exception as err:
+            raise ToolchainError(
+                "onnxruntime cannot run this bundle",
+                details={"inputs": {"input_ids": list(ids.shape)}, "reason": err},
+                hint="`llama-export validate` names the stage that breaks; else export again",
+            ) from err
+        return dict(zip(self._outputs, found, strict=True))
+
+
+def check_texts(ids: Int64Array, mask: Int64Array, config: LlamaConfig, task: str) -> None:
+    """Refuses a batch the graph of a head cannot take.
+
+    Raises:
+        ShapeError: see :meth:`OnnxRuntimeHeadSession.run`.
+    """
+    if ids.ndim != 2 or 0 in ids.shape or mask.shape != ids.shape:
+        raise ShapeError(
+            "input_ids and attention_mask do not fit",
+            details={"got": f"{list(ids.shape)} and {list(mask.shape)}", "expected": "[B >= 1, S >= 1] twice"},
+            hint="one row of token ids per text, padded to one length, and as many 1s and 0s",
+        )
+    if is_single_text(config, task) and ids.shape[0] != 1:
+        raise ShapeError(
+            "a batch cannot be classified: the checkpoint names no padding token",
+            details={"got": f"{ids.shape[0]} texts", "expected": "1"},
+            hint="classify one text at a time, or set pad_token_id in config.json and export again",
+        )
+    if ids.shape[1] > config.max_length:
+        raise ShapeError(
+            f"the text has {ids.shape[1]} tokens, the model has {config.max_length} positions",
+            details={"got": ids.shape[1], "expected": f"at most {config.max_length}"},
+            hint="shorten the text",
+        )
+    check_token_ids(ids, config.vocab_size)
+
+
+def open_graph(bundle: Bundle, threads: int | None) -> tuple[Any, Any]:
+    """(the onnxruntime module, an inference session of the bundle's onnxruntime graph).
+
+    Raises:
+        MissingDependencyError: no onnxruntime.
+        ToolchainError: onnxruntime cannot open the graph; its message is attached.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as err:
+        raise MissingDependencyError("onnxruntime", "cpu") from err
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(
+            str(bundle.onnxruntime_path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as err:
+        raise ToolchainError(
+            "onnxruntime cannot open this bundle",
+            details={"file": bundle.onnxruntime_path, "onnxruntime": onnxruntime.__version__, "reason": err},
+            hint="see the supported versions in pyproject.toml, extra `cpu`",
+        ) from err
+    return onnxruntime, session
+
+
+def precision_note(dtype: str) -> str | None:
+    """What a user must know about a CPU session's precision, if anything."""
+    if dtype == "float32":
+        return None
+    return f"this {dtype} bundle runs in float32 on a CPU: its weights are widened at load"
 
 
 def check_token_ids(ids: Int64Array | Sequence[int], vocab_size: int) -> None:

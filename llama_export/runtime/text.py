@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ class TextCodec:
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
+    def encode_with_offsets(self, text: str, pair: str | None = None) -> Encoding:
+        """Token ids, and where in the text each token lies; ``pair`` is a second text (a question's context)."""
+        found = self._tokenizer.encode(text, pair)
+        return Encoding(list(found.ids), list(found.offsets), list(found.sequence_ids), list(found.tokens))
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
@@ -51,6 +57,19 @@ class TextCodec:
     def stream(self) -> TextStream:
         """A decoder for tokens that arrive one by one."""
         return TextStream(self._tokenizer)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """A text, or a pair of texts, as tokens."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    """Begin and end of each token, in characters of its text."""
+    sequence_ids: list[int | None]
+    """0 for the first text, 1 for the second, None for special tokens."""
+    tokens: list[str]
+    """The vocabulary's spelling of each token."""
 
 
 class TextStream:
