@@ -57,7 +57,10 @@ def cli() -> None:
     "-o", "--output", type=_PATH, help="Folder to make.  [default: write into CHECKPOINT, which becomes the bundle]"
 )
 @click.option(
-    "--task", type=click.Choice(["auto", *TASKS]), default="auto", help="Which head; auto: the checkpoint's architecture."
+    "--task",
+    type=click.Choice(["auto", *TASKS]),
+    default="auto",
+    help="Which head; auto: the checkpoint's architecture.",
 )
 @click.option(
     "--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Compute dtype; auto: the checkpoint's own."
@@ -84,7 +87,12 @@ def export(
     from llama_export.export import export_checkpoint
 
     config = ExportConfig(
-        task=task, dtype=dtype, weights=weights, force=force, hash_weights=hash_weights, allow_config_keys=allow_config_keys
+        task=task,
+        dtype=dtype,
+        weights=weights,
+        force=force,
+        hash_weights=hash_weights,
+        allow_config_keys=allow_config_keys,
     )
     with _progress("bytes") as progress:
         result = export_checkpoint(checkpoint, output, config, log=_log, progress=progress)

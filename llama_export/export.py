@@ -394,7 +394,11 @@ def _reference_weights(graph: ir.Graph, checkpoint: Checkpoint, dtype: ir.DataTy
             const_value=_external(entry, stored),
         )
         cast = ir.node("Cast", [source], attributes={"to": dtype.value}, name=f"{entry.name}/Cast")
-        cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = f"{entry.name}/cast", value.type, value.shape
+        cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = (
+            f"{entry.name}/cast",
+            value.type,
+            value.shape,
+        )
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
         graph.register_initializer(source)
         casts.append(cast)

@@ -1,6 +1,6 @@
 """The PyTorch reference Llama: what a checkpoint computes, in the order of the forward pass.
 
-Read ``rms_norm``, ``rope``, ``attention``, ``mlp``, ``decoder``, ``heads``, ``loading``. Nothing here knows of ONNX or
+Read ``rms_norm``, ``rope``, ``attention``, ``mlp``, ``decoder``, ``heads``, ``loading``, ``tensor_parallel``. Nothing here knows of ONNX or
 TensorRT; the fused steps are the custom ops of :mod:`llama_export.ops`, whose eager bodies are plain PyTorch.
 
 Shape letters: B batch, S new tokens, N wanted positions, C kv_cache_capacity, E hidden_size, H query heads,
@@ -17,8 +17,10 @@ from llama_export.model.heads import (
     LlamaWithHead,
 )
 from llama_export.model.loading import load_reference
+from llama_export.model.tensor_parallel import tensor_parallel
 
 __all__ = [
     "MODEL_CLASSES", "LlamaForCausalLM", "LlamaForFeatureExtraction", "LlamaForQuestionAnswering",
     "LlamaForSequenceClassification", "LlamaForTokenClassification", "LlamaWithHead", "load_reference",
+    "tensor_parallel",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ V vocabulary, K ``num_labels``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from llama_export.config import LlamaConfig
 from llama_export.errors import ShapeError
-from llama_export.kv_cache import cache_shape
 from llama_export.model.attention import KeyValue
-from llama_export.model.decoder import KVCache, LlamaModel, attended_length
+from llama_export.model.decoder import KVCache, LlamaDecoderLayer, LlamaModel, attended_length
 
 IGNORE_INDEX = -100
 """A label that does not count, as in PyTorch's cross entropy."""
@@ -81,8 +80,11 @@ class LlamaForCausalLM(nn.Module):
 
     def empty_cache(self, batch_size: int, capacity: int) -> list[KeyValue]:
         """A zeroed cache of L x (key, value), each [B, G, C, D] in the model's dtype."""
-        shape, weight = cache_shape(self.config, batch_size, capacity), self.model.norm.weight
-        return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(self.config.num_hidden_layers)]
+        first = cast(LlamaDecoderLayer, self.model.layers[0]).self_attn
+        # The layer's own count of heads: under tensor parallelism it is this rank's.
+        shape = (batch_size, first.num_kv_heads, capacity, first.head_dim)
+        weight = self.model.norm.weight
+        return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.model.layers]
 
 
 class LlamaForSequenceClassification(nn.Module):

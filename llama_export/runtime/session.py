@@ -199,7 +199,9 @@ class OnnxRuntimeHeadSession:
         return precision_note(self.dtype)
 
     def run(
-        self, input_ids: Sequence[Sequence[int]] | Int64Array, attention_mask: Sequence[Sequence[int]] | Int64Array | None = None
+        self,
+        input_ids: Sequence[Sequence[int]] | Int64Array,
+        attention_mask: Sequence[Sequence[int]] | Int64Array | None = None,
     ) -> dict[str, Float32Array]:
         """One padded batch.
 
@@ -216,7 +218,9 @@ class OnnxRuntimeHeadSession:
             ToolchainError: onnxruntime cannot compute the graph; its message is attached.
         """  # fmt: skip
         ids: Int64Array = np.ascontiguousarray(input_ids, np.int64)
-        mask: Int64Array = np.ones_like(ids) if attention_mask is None else np.ascontiguousarray(attention_mask, np.int64)
+        mask: Int64Array = (
+            np.ones_like(ids) if attention_mask is None else np.ascontiguousarray(attention_mask, np.int64)
+        )
         check_texts(ids, mask, self.config, self.task)
         try:
             found = self._session.run(self._outputs, {"input_ids": ids, "attention_mask": mask})
