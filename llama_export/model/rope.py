@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llama_export.config import LlamaConfig, RopeConfig
+from llama_export.config import LlamaConfig, RopeConfig, float32_value
 
 
 def rope_buffers(config: LlamaConfig) -> dict[str, Tensor]:
@@ -143,8 +143,9 @@ class LlamaRotaryEmbedding(nn.Module):
 
     Numerics:
         Angle, cos and sin are computed in the buffers' dtype: float32 whatever the model's dtype, float64 in a float64
-        reference, whose buffers are the float32 frequencies widened. They are not rounded to the model's dtype before
-        the rotation. Hugging Face rounds them: stated as a deviation in the parity report.
+        reference, whose buffers are the float32 frequencies widened. Constants are float32 numbers in both, as in the
+        graph. Cos and sin are not rounded to the model's dtype before the rotation. Hugging Face rounds them: stated as
+        a deviation in the parity report.
         dynamic and longrope: the length that sets the frequencies is the row's own. Hugging Face takes the longest of
         the batch, padding included, and dynamic ones keep those of an earlier, longer call.
     """
@@ -155,7 +156,7 @@ class LlamaRotaryEmbedding(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.scaling = attention_scaling(config)
+        self.scaling = float32_value(attention_scaling(config))
         names = ("inv_freq", "long_inv_freq") if config.rope.rope_type == "longrope" else ("inv_freq",)
         for name in names:
             self.register_buffer(name, torch.empty(config.head_dim // 2, dtype=torch.float32), persistent=False)
@@ -190,19 +191,23 @@ class LlamaRotaryEmbedding(nn.Module):
             return self.inv_freq
         if length is None:
             raise ValueError(f"{rope_type} RoPE needs the length of each row")
-        length = length.view(-1, 1, 1)
+        length = length.unsqueeze(-1).unsqueeze(-1)
         if rope_type == "longrope":
-            return torch.where(
-                length > _given(self.config.rope.original_max_position_embeddings), self.long_inv_freq, self.inv_freq
-            )
-        return torch.where(length > self.config.max_position_embeddings, self._ntk_frequencies(length), self.inv_freq)
+            is_long = length > _given(self.config.rope.original_max_position_embeddings)
+            return torch.where(is_long, self.long_inv_freq, self.inv_freq)
+        is_long = length > self.config.max_position_embeddings
+        # Rows within the trained length get a harmless one: for theirs the power could be that of a negative number.
+        beyond = torch.where(is_long, length, self.config.max_position_embeddings)
+        return torch.where(is_long, self._ntk_frequencies(beyond), self.inv_freq)
 
     def _ntk_frequencies(self, length: Tensor) -> Tensor:
-        """int64 [B, 1, 1] -> [B, 1, D/2]: see ``_ntk_base``, here with one length a row."""
-        rope, dtype, dim = self.config.rope, self.inv_freq.dtype, self.config.head_dim
-        factor, trained = _given(rope.factor), self.config.max_position_embeddings
-        # Rows within the trained length do not take this branch; the clamp keeps their power from being NaN.
-        stretch = factor * length.clamp(min=trained).to(dtype) / trained - (factor - 1)
-        base = rope.rope_theta * stretch ** (dim / (dim - 2))
+        """int64 [B, 1, 1], beyond the trained length -> [B, 1, D/2]: ``_ntk_base`` with one length a row."""
+        dtype, dim, factor = self.inv_freq.dtype, self.config.head_dim, _given(self.config.rope.factor)
+        times, less, theta = map(float32_value, (factor, factor - 1, self.config.rope.rope_theta))
+        # torch raises a single float32 number to a power in double precision: with the unrounded exponent a batch of one
+        # is bit-equal to Hugging Face's. The graph holds the rounded one, and so must a float64 reference.
+        power = dim / (dim - 2) if dtype == torch.float32 else float32_value(dim / (dim - 2))
+        stretch = times * length.to(dtype) / self.config.max_position_embeddings - less
+        base = theta * stretch**power
         exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=length.device).to(dtype) / dim
         return 1.0 / base**exponents
