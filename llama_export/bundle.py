@@ -74,6 +74,11 @@ class Bundle:
         return str(self.manifest["task"])
 
     @property
+    def ops(self) -> frozenset[str]:
+        """The custom ops of the graph."""
+        return frozenset(self.manifest["ops"])
+
+    @property
     def dtype(self) -> str:
         """Compute dtype of the graph."""
         return str(self.manifest["dtype"])

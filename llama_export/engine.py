@@ -211,7 +211,8 @@ def build_engine(
             "TensorRT builds on the GPU it builds for", details={"reason": blocker}, hint="--backend tensorrt-rtx"
         )
     onnx = load_onnx(config.backend)
-    library = plugins.find_library() if config.plugin_ops else None
+    plugin_ops = config.plugin_ops & bundle.ops
+    library = plugins.find_library() if plugin_ops else None
 
     start = time.perf_counter()
     log(
@@ -222,10 +223,10 @@ def build_engine(
     builder = trt.Builder(messages)
     if library is not None:
         _load_plugins(trt, library, bundle, config)
-    proto = tensorrt_proto(onnx, bundle, capacity, config.plugin_ops)
+    proto = tensorrt_proto(onnx, bundle, capacity, plugin_ops)
     # The parser keeps weights by reference into memory that it owns, so it must live as long as the network.
     network, parser = _parse(trt, builder, proto, bundle.model_path, messages, library)
-    layers, plugin_layers = _check_network(trt, network, proto, bundle, capacity, config.plugin_ops)
+    layers, plugin_layers = _check_network(trt, network, proto, bundle, capacity, plugin_ops)
     log(f"build: parsed {network.num_layers} layers in {time.perf_counter() - start:.1f} s, network checked")
     if library is not None:
         counts = ", ".join(f"{count} {op}" for op, count in plugin_layers.items())
@@ -255,7 +256,7 @@ def build_engine(
         "settings": {
             "tf32": config.tf32,
             "strongly_typed": True,
-            "decomposable_attention": may_decompose(bundle.dtype, config.plugin_ops),
+            "decomposable_attention": may_decompose(bundle.dtype, plugin_ops),
         },
         "compute_capabilities": [],
         "forward_compatible": False,
@@ -294,11 +295,11 @@ def resolve_capacity(config: LlamaConfig, max_seq_len: int | None) -> int:
     Raises:
         ShapeError: more than the model's positions.
     """
-    limit = config.max_position_embeddings
+    limit = config.max_length
     if max_seq_len is not None and max_seq_len > limit:
         raise ShapeError(
             f"the checkpoint has no positions beyond {limit} tokens",
-            details={"got": f"max_seq_len = {max_seq_len}", "expected": f"at most max_position_embeddings = {limit}"},
+            details={"got": f"max_seq_len = {max_seq_len}", "expected": f"at most {limit}, the model's longest sequence"},
             hint=f"--max-seq-len {limit}",
         )
     return min(limit, DEFAULT_CAPACITY) if max_seq_len is None else max_seq_len
@@ -418,10 +419,11 @@ def tensorrt_proto(onnx: Any, bundle: Bundle, capacity: int, plugin_ops: Collect
 
 def _load_plugins(trt: Any, library: plugins.PluginLibrary, bundle: Bundle, config: EngineConfig) -> None:
     """The library in TensorRT's registry, after all that can be known of it was found right."""
-    plugins.check_served(library, bundle.config, bundle.dtype, config.plugin_ops)
+    plugin_ops = config.plugin_ops & bundle.ops
+    plugins.check_served(library, bundle.config, bundle.dtype, plugin_ops)
     if config.backend == "tensorrt-rtx":
         ensure_core_library_name()
-    plugins.check_creators(plugins.register_library(trt, library), config.plugin_ops, library)
+    plugins.check_creators(plugins.register_library(trt, library), plugin_ops, library)
 
 
 def installed_plugins(backend: str) -> dict[str, Any]:
@@ -823,6 +825,7 @@ def _sidecar_problems(sidecar: Mapping[str, Any], bundle: Bundle, engine_path: P
         max_batch=sidecar["max_batch"],
         tf32=sidecar["settings"]["tf32"],
     )
+    plugin_ops = settings.plugin_ops & bundle.ops
     expected: dict[str, object] = {
         "bytes": engine_path.stat().st_size,
         "onnx_sha256": bundle.manifest["graph_sha256"],
@@ -830,22 +833,22 @@ def _sidecar_problems(sidecar: Mapping[str, Any], bundle: Bundle, engine_path: P
         "kv_cache_capacity": resolve_capacity(bundle.config, capacity),
         "io": engine_io(bundle, capacity),
         "profiles": engine_profiles(bundle.config, capacity, settings.max_batch),
-        "plugin_layers": expected_plugin_layers(bundle.config, settings.plugin_ops),
+        "plugin_layers": expected_plugin_layers(bundle.config, plugin_ops),
         "settings": {
             "tf32": settings.tf32,
             "strongly_typed": True,
-            "decomposable_attention": may_decompose(bundle.dtype, settings.plugin_ops),
+            "decomposable_attention": may_decompose(bundle.dtype, plugin_ops),
         },
     }
     problems = [
         f"{key}: got {sidecar[key]}, expected {value}" for key, value in expected.items() if sidecar[key] != value
     ]
     library = sidecar["plugin_library"]
-    if not settings.plugin_ops and library is not None:
+    if not plugin_ops and library is not None:
         problems.append(f"plugin_library: got {library}, expected None")
-    if settings.plugin_ops and set(library or ()) != {"version", "abi", "sha256"}:
+    if plugin_ops and set(library or ()) != {"version", "abi", "sha256"}:
         problems.append(f"plugin_library: got {library}, expected version, abi and sha256")
-    counts = expected_layers(bundle.config, settings.plugin_ops)
+    counts = expected_layers(bundle.config, plugin_ops)
     problems += [
         f"{sidecar['layers'].get(name, 0)} layers {name}, expected {count}"
         for name, count in counts.items()
