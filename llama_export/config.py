@@ -802,7 +802,8 @@ def _rope_from_settings(settings: Mapping[str, Any], data: Mapping[str, Any], so
         rope.setdefault(_CONTEXT, data.get("max_position_embeddings", 2048))
     if "truncate" in rope:
         _check(isinstance(rope["truncate"], bool), "RoPE truncate", rope["truncate"], "true or false")
-    theta = 10000.0 if theta is None else theta
+    if theta is None and "rope_theta" not in settings and "rope_theta" not in data:
+        theta = 10000.0
     _check(_is_number(theta) and theta > 0, "rope_theta", theta, "a number > 0")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in rope.items()}
     return RopeConfig(rope_type=rope_type, rope_theta=float(theta), **values)

@@ -17,22 +17,45 @@ from support import check_export_refused, patient
 
 from llama_export.checkpoint import load_checkpoint
 from llama_export.config import (
+    _FOREIGN_KEYS,
+    _HARMLESS_KEYS,
+    _READ_KEYS,
+    ACTIVATIONS,
+    CUSTOM_OPS,
+    SUPPORTED_ROPE_TYPES,
+    TASKS,
     EngineConfig,
     ExportConfig,
     LlamaConfig,
     RopeConfig,
+    Task,
     config_from_dict,
+    count_parameters,
     expected_tensors,
     load_config,
+    resolve_task,
 )
 from llama_export.errors import ConfigError
+from llama_export.model import mlp
 
 Capture = pytest.CaptureFixture[str]
+CLASSES = {
+    "causal-lm": "LlamaForCausalLM",
+    "sequence-classification": "LlamaForSequenceClassification",
+    "token-classification": "LlamaForTokenClassification",
+    "question-answering": "LlamaForQuestionAnswering",
+    "feature-extraction": "LlamaModel",
+}
 BASE = {"model_type": "llama", **TINY}
 LLAMA3 = {
     "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
 FULL = {"rope_type": "llama3", **LLAMA3}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+NAMES_IN_ERRORS = {
+    "bos_token_id": "bos/eos_token_id", "eos_token_id": "bos/eos_token_id", "hidden_dropout": "classifier_dropout",
+}  # fmt: skip
 
 
 def without(data: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -82,7 +105,33 @@ def test_missing_size_is_refused_not_guessed(
     check_export_refused(capsys, checkpoint, f"`config.json` lacks {key}", file, "never guessed")
 
 
-@pytest.mark.parametrize("value", ["mistral", "qwen2", "Llama", "llama4", ..., None, 7])
+@pytest.mark.parametrize(
+    ("value", "difference"),
+    [
+        ("mistral", "Mistral limits attention to a sliding window"),
+        ("mistral3", "Mistral limits attention to a sliding window"),
+        ("mixtral", "some of several expert MLPs"),
+        ("qwen2", "biases on query, key and value"),
+        ("qwen2_moe", "biases and expert MLPs"),
+        ("qwen3", "normalises queries and keys"),
+        ("gemma3_text", "norm weight is 1 + w"),
+        ("phi", "LayerNorms"),
+        ("phi3", "one fused projection"),
+        ("llama4", "chunked attention"),
+    ],
+)
+def test_known_family_is_refused_with_its_difference(
+    value: str, difference: str, make_checkpoint: MakeCheckpoint, capsys: Capture
+) -> None:
+    checkpoint = make_checkpoint()
+    edit_json(checkpoint / "config.json", model_type=value)
+    check_export_refused(
+        capsys, checkpoint, f"unsupported model_type: {value}", "expected: llama", difference,
+        "as a Llama it would compute other numbers",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["Llama", "bert", "", ..., None, 7, ["llama"]])
 def test_another_model_type_is_refused(value: Any, make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
     checkpoint = make_checkpoint()
     edit_json(checkpoint / "config.json", model_type=value)
@@ -107,13 +156,36 @@ def test_another_model_type_is_refused(value: Any, make_checkpoint: MakeCheckpoi
         ("rms_norm_eps", float("nan"), "a number > 0"),
         ("rms_norm_eps", "1e-5", "a number > 0"),
         ("rms_norm_eps", 10**400, "a number > 0"),
-        ("hidden_act", "gelu", "silu"),
-        ("hidden_act", None, "silu"),
+        ("hidden_act", "swiglu", "silu | swish | gelu | "),
+        ("hidden_act", None, "silu | swish | gelu | "),
+        ("hidden_act", ["silu"], "silu | swish | gelu | "),
+        ("hidden_act", "prelu", f"{' | '.join(ACTIVATIONS)} (prelu and xielu have parameters of their own)"),
+        ("hidden_act", "xielu", f"{' | '.join(ACTIVATIONS)} (prelu and xielu have parameters of their own)"),
         ("dtype", "float64", "float32 | float16 | bfloat16"),
         ("dtype", ["float32"], "float32 | float16 | bfloat16"),
         ("tie_word_embeddings", "yes", "true or false"),
         ("attention_bias", 1, "true or false"),
         ("mlp_bias", None, "true or false"),
+        ("attention_dropout", 1.5, "a probability, 0..1"),
+        ("attention_dropout", "0.1", "a probability, 0..1"),
+        ("classifier_dropout", -0.1, "a probability, 0..1"),
+        ("hidden_dropout", 2, "a probability, 0..1"),
+        ("token_classification_bias", 1, "true or false"),
+        ("num_labels", 0, "an integer >= 1"),
+        ("num_labels", "3", "an integer >= 1"),
+        ("id2label", {}, 'an object of class number -> name: {"0": "no", "1": "yes"}'),
+        ("id2label", ["a", "b"], "an object of class number -> name"),
+        ("id2label", {"a": "no", "b": "yes"}, 'an object of class number -> name: {"0": "no", "1": "yes"}, numbered from 0'),
+        ("id2label", {"0": "a", "2": "b"}, 'an object of class number -> name: {"0": "no", "1": "yes"}, numbered from 0'),
+        ("id2label", {"0": "a", "1": 7}, "names, as text"),
+        ("problem_type", "classification", "regression | single_label_classification | multi_label_classification"),
+        ("architectures", "LlamaForCausalLM", "names, as text"),
+        ("architectures", [1], "names, as text"),
+        ("pad_token_id", 97, "null, -1 or a row of the embedding, 0..96"),
+        ("pad_token_id", -2, "null, -1 or a row of the embedding, 0..96"),
+        ("pad_token_id", "0", "null, -1 or a row of the embedding, 0..96"),
+        ("pad_token_id", [0], "null, -1 or a row of the embedding, 0..96"),
+        ("max_position_embeddings", 1 << 63, "an integer >= 1"),
         ("eos_token_id", "2", "a token id or null"),
         ("eos_token_id", [2, 3.5], "a token id or null"),
         ("bos_token_id", -2, "a token id or null"),
@@ -129,7 +201,7 @@ def test_bad_value_is_refused_with_the_value_and_what_is_expected(
 ) -> None:
     checkpoint = make_checkpoint()
     edit_json(checkpoint / "config.json", **{key: value})
-    name = "bos/eos/pad_token_id" if key in ("eos_token_id", "bos_token_id") else key
+    name = NAMES_IN_ERRORS.get(key, key)
     check_export_refused(capsys, checkpoint, f"bad value for {name}", f"expected: {expected}", "got:      ")
 
 
@@ -157,7 +229,8 @@ def test_eos_token_may_be_one_id_a_list_or_absent(value: Any, ids: tuple[int, ..
     [
         ({"torch_dtype": "bfloat16"}, "bfloat16"),
         ({"torch_dtype": "torch.float16"}, "float16"),
-        ({"dtype": "float32", "torch_dtype": "float32"}, "float32"),
+        ({"dtype": "float32", "torch_dtype": "torch.float32"}, "float32"),
+        ({"dtype": None, "torch_dtype": "float16"}, "float16"),
         ({}, None),
     ],
 )
@@ -181,7 +254,7 @@ def test_config_that_transformers_writes_is_read_back(tmp_path: Path) -> None:
 # ---- RoPE -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "longrope", "Default", "su", 3])
+@pytest.mark.parametrize("rope_type", ["proportional", "ntk", "mrope", "Default", "su", "", 3, ["linear"]])
 @pytest.mark.parametrize("holder", ["rope_parameters", "rope_scaling"])
 def test_unknown_rope_type_is_refused(
     rope_type: Any, holder: str, make_checkpoint: MakeCheckpoint, capsys: Capture
@@ -189,14 +262,18 @@ def test_unknown_rope_type_is_refused(
     checkpoint = make_checkpoint()
     edit_json(checkpoint / "config.json", **{holder: {"rope_type": rope_type, "factor": 4.0}})
     check_export_refused(
-        capsys, checkpoint, f"unknown rope_type: {rope_type}", f"got:      {rope_type}", "expected: default | llama3",
+        capsys, checkpoint, f"unknown rope_type: {rope_type}", f"got:      {rope_type}",
+        "expected: default | linear | dynamic | llama3 | yarn | longrope",
         str(checkpoint / "config.json"),
     )  # fmt: skip
 
 
-def test_rope_type_is_also_read_from_the_oldest_spelling() -> None:
-    with pytest.raises(ConfigError, match="unknown rope_type: linear"):
-        config_from_dict({**BASE, "rope_scaling": {"type": "linear", "factor": 2.0}})
+@pytest.mark.parametrize("settings", [{"factor": 2.0}, {"factor": 2, "rope_theta": 10000}], ids=str)
+def test_rope_type_is_also_read_from_the_oldest_spelling(settings: dict[str, Any]) -> None:
+    config = config_from_dict({**BASE, "rope_scaling": {"type": "linear", **settings}})
+    assert config.rope == RopeConfig(rope_type="linear", factor=2.0)
+    both = {"type": "linear", "rope_type": "linear", **settings}
+    assert config_from_dict({**BASE, "rope_scaling": both}) == config
 
 
 @pytest.mark.parametrize(
@@ -213,8 +290,64 @@ def test_rope_type_is_also_read_from_the_oldest_spelling() -> None:
         ),
         ({"rope_parameters": {"rope_type": "llama3"}}, ["got:      none", "original_max_position_embeddings"]),
         ({"rope_parameters": {**FULL, "beta_fast": 32}}, ["beta_fast", "expected: factor, high_freq_factor"]),
-        ({"rope_parameters": {**FULL, "factor": "8"}}, ["bad value for RoPE factor", "'8'", "a number > 0"]),
-        ({"rope_parameters": {**FULL, "factor": -8}}, ["bad value for RoPE factor", "-8", "a number > 0"]),
+        ({"rope_parameters": {**FULL, "factor": "8"}}, ["bad value for RoPE factor", "'8'", "a number >= 1"]),
+        ({"rope_parameters": {**FULL, "factor": -8}}, ["bad value for RoPE factor", "-8", "a number >= 1"]),
+        ({"rope_parameters": {**FULL, "factor": None}}, ["bad value for RoPE factor", "None", "a number >= 1"]),
+        ({"rope_parameters": {**FULL, "low_freq_factor": 0}}, ["bad value for RoPE low_freq_factor", "a number > 0"]),
+        ({"rope_parameters": {**FULL, "original_max_position_embeddings": 64.0}}, ["64.0", "an integer >= 1"]),
+        ({"rope_scaling": {"type": "linear"}}, ["rope_type linear", "got:      none", "expected: factor"]),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, ["bad value for RoPE factor: 0.5", "a number >= 1"]),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "attention_factor": 1.0}},
+            ["rope_type linear", "got:      attention_factor, factor", "expected: factor\n"],
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}},
+            ["rope_type dynamic", "original_max_position_embeddings", "would be ignored or guessed"],
+        ),
+        ({"rope_scaling": {"type": "dynamic", "factor": 0.9}}, ["bad value for RoPE factor: 0.9", "a number >= 1"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1e300}}, ["RoPE factor", "2^53 / max_position_embeddings"]),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2},
+            ["head_dim: 2", "at least 4 (dynamic RoPE divides by head_dim - 2)"],
+        ),
+        ({"rope_scaling": {"type": "yarn"}}, ["rope_type yarn", "got:      none", "optional: attention_factor, beta_f"]),
+        ({"rope_scaling": {**YARN, "low_freq_factor": 1.0}}, ["rope_type yarn", "low_freq_factor", "expected: factor;"]),
+        ({"rope_scaling": {**YARN, "factor": None}}, ["bad value for RoPE factor: None", "a number >= 1"]),
+        ({"rope_scaling": {**YARN, "beta_fast": 0}}, ["bad value for RoPE beta_fast: 0", "a number > 0"]),
+        ({"rope_scaling": {**YARN, "beta_fast": 2, "beta_slow": 3}}, ["beta_fast: 2", "at least beta_slow = 3"]),
+        ({"rope_scaling": {**YARN, "beta_slow": 33}}, ["RoPE beta_fast: None", "at least beta_slow = 33"]),
+        ({"rope_scaling": {**YARN, "attention_factor": 0}}, ["RoPE attention_factor: 0", "a number > 0"]),
+        ({"rope_scaling": {**YARN, "mscale": 1.0}}, ["RoPE mscale: 1.0", "one alone is ignored by transformers"]),
+        ({"rope_scaling": {**YARN, "mscale_all_dim": 1.0}}, ["RoPE mscale: None", "one alone is ignored"]),
+        (
+            {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5, "attention_factor": 1.2}},
+            ["RoPE mscale: 1.0", "nothing beside attention_factor, which transformers takes instead"],
+        ),
+        ({"rope_scaling": {**YARN, "truncate": None}}, ["RoPE truncate: None", "true or false"]),
+        ({"rope_scaling": {**YARN, "truncate": 0}}, ["RoPE truncate: 0", "true or false"]),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, ["rope_theta: 1.0", "more than 1, for yarn takes its logarithm"]),
+        (
+            {"rope_scaling": {**YARN, "original_max_position_embeddings": 64}, "original_max_position_embeddings": 32},
+            ["states original_max_position_embeddings twice", "32", "inside RoPE:", "64"],
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "original_max_position_embeddings": 64},
+            ["original_max_position_embeddings is not read by rope_type linear", "64", "llama3 | yarn | longrope"],
+        ),
+        ({"original_max_position_embeddings": 64}, ["is not read by rope_type default", "transformers ignores it"]),
+        ({"rope_scaling": without(LONGROPE, "long_factor")}, ["rope_type longrope", "expected: long_factor, short_f"]),
+        ({"rope_scaling": {**LONGROPE, "short_factor": [1.0] * 7}}, ["short_factor", "7 numbers", "head_dim / 2 = 8"]),
+        ({"rope_scaling": {**LONGROPE, "long_factor": [1.0] * 16}}, ["long_factor", "16 numbers", "head_dim / 2 = 8"]),
+        ({"rope_scaling": {**LONGROPE, "long_factor": [0.0] * 8}}, ["RoPE long_factor", "a list of numbers > 0"]),
+        ({"rope_scaling": {**LONGROPE, "long_factor": "1"}}, ["RoPE long_factor: '1'", "a list of numbers > 0"]),
+        ({"rope_scaling": {**LONGROPE, "short_factor": None}}, ["RoPE short_factor: None", "a list of numbers > 0"]),
+        ({"rope_scaling": LONGROPE, "original_max_position_embeddings": 1}, ["embeddings: 1", "an integer >= 2"]),
+        (
+            {"rope_scaling": {**LONGROPE, "factor": 2.0, "attention_factor": 1.2}},
+            ["RoPE factor: 2.0", "nothing beside attention_factor, which transformers takes instead"],
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_type default", "full_attention"]),
         ({"rope_parameters": {**FULL, "high_freq_factor": 1.0}}, ["1.0", "more than low_freq_factor = 1.0"]),
         ({"rope_scaling": {"type": "llama3", "rope_type": "default"}}, ["two RoPE types", "llama3", "default"]),
         (
@@ -225,6 +358,12 @@ def test_rope_type_is_also_read_from_the_oldest_spelling() -> None:
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": FULL},
             ["states its RoPE settings twice", "'default'", "'llama3'"],
         ),
+        (
+            {"rope_parameters": {**FULL, "rope_theta": 500000.0}, "rope_scaling": FULL},
+            ["states its RoPE settings twice"],  # of the two, transformers takes rope_scaling: theta 10000
+        ),
+        ({"rope_parameters": {"rope_theta": None}}, ["bad value for rope_theta: None", "a number > 0"]),
+        ({"rope_theta": None}, ["bad value for rope_theta: None", "a number > 0"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5", "absent or 1.0"]),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, ["partial_rotary_factor", "0.25", "absent or 1.0"]),
     ],
@@ -273,6 +412,75 @@ def test_both_spellings_of_the_default_give_the_same_config() -> None:
 def test_rope_settings_stated_twice_are_accepted_when_they_agree() -> None:
     data = {**BASE, "rope_theta": 1e5, "rope_scaling": FULL}
     assert config_from_dict({**data, "rope_parameters": {**FULL, "rope_theta": 1e5}}) == config_from_dict(data)
+    named_otherwise = {"type": "llama3", **LLAMA3, "rope_theta": 1e5}
+    assert config_from_dict({**data, "rope_parameters": named_otherwise}) == config_from_dict(data)
+
+
+@pytest.mark.parametrize(
+    "empty", [None, {}, {"type": "default"}, {"rope_type": "default"}, {"rope_type": None}], ids=str
+)
+@pytest.mark.parametrize("holder", ["rope_scaling", "rope_parameters"])
+def test_empty_rope_settings_are_the_default(holder: str, empty: Any) -> None:
+    assert config_from_dict({**BASE, "rope_theta": 5e5, holder: empty}).rope == RopeConfig(rope_theta=5e5)
+
+
+@pytest.mark.parametrize("settings", [without(FULL, "original_max_position_embeddings"), YARN, LONGROPE], ids=str)
+def test_original_context_comes_from_inside_beside_or_the_longest_position(settings: dict[str, Any]) -> None:
+    key = "original_max_position_embeddings"
+    inside = config_from_dict({**BASE, "rope_scaling": {**settings, key: 48}}).rope
+    beside = config_from_dict({**BASE, "rope_scaling": settings, key: 48}).rope
+    both = config_from_dict({**BASE, "rope_scaling": {**settings, key: 48}, key: 48}).rope
+    assert inside == beside == both
+    assert inside.original_max_position_embeddings == 48
+    nowhere = config_from_dict({**BASE, "rope_scaling": settings}).rope
+    assert nowhere.original_max_position_embeddings == BASE["max_position_embeddings"]
+
+
+def test_optional_rope_settings_that_are_null_are_not_set() -> None:
+    nulls = dict.fromkeys(["attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"])
+    data = {**BASE, "rope_scaling": YARN}
+    assert config_from_dict({**BASE, "rope_scaling": {**YARN, **nulls}}) == config_from_dict(data)
+    assert config_from_dict({**BASE, "rope_scaling": {**LONGROPE, "factor": None}}).rope.factor is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_type": "su"}, "bad value for rope_type: 'su'"),
+        ({"rope_theta": "1"}, "bad value for rope_theta: '1'"),
+        ({"factor": 2.0}, "bad value for RoPE factor: 2.0"),
+        ({"rope_type": "linear"}, "bad value for RoPE factor: None"),
+        ({"rope_type": "llama3", "factor": 2.0}, "bad value for RoPE low_freq_factor: None"),
+        ({"rope_type": "yarn", "factor": 2.0}, "bad value for RoPE original_max_position_embeddings: None"),
+    ],
+    ids=str,
+)
+def test_rope_config_checks_itself(fields: dict[str, Any], message: str) -> None:
+    # A manifest is read without config.json.
+    with pytest.raises(ConfigError) as caught:
+        RopeConfig(**fields)
+    assert caught.value.message == message
+
+
+@pytest.mark.parametrize(
+    ("rope", "follows", "longest"),
+    [
+        ({}, False, 128),
+        ({"type": "linear", "factor": 4.0}, False, 128),
+        ({"type": "dynamic", "factor": 1.0}, True, 128),
+        ({"type": "dynamic", "factor": 2.999}, True, 383),
+        (FULL, False, 128),
+        (YARN, False, 128),
+        (LONGROPE, True, 128),
+    ],
+    ids=str,
+)
+def test_only_dynamic_rope_reaches_beyond_the_longest_position(
+    rope: dict[str, Any], follows: bool, longest: int
+) -> None:
+    config = config_from_dict({**BASE, "rope_scaling": rope})
+    assert config.rope.follows_length is follows
+    assert config.max_length == longest
 
 
 # ---- keys nobody reads ------------------------------------------------------------------------------------------
@@ -302,12 +510,56 @@ def test_vouching_for_a_key_does_not_silence_a_setting_that_is_read() -> None:
         config_from_dict({**BASE, "partial_rotary_factor": 0.5}, allow_keys=["partial_rotary_factor"])
 
 
-def test_bookkeeping_null_and_private_keys_are_accepted() -> None:
+def test_harmless_keys_change_nothing_and_each_has_a_reason() -> None:
     extra = {
-        "architectures": ["LlamaForCausalLM"], "transformers_version": "5.0.0", "use_cache": True, "pretraining_tp": 2,
-        "attention_dropout": 0.1, "sliding_window": None, "_name_or_path": "x", "id2label": {"0": "A"},
+        "transformers_version": "5.0.0", "use_cache": True, "pretraining_tp": 2, "sliding_window": None,
+        "_name_or_path": "x", "label2id": {"A": 0}, "initializer_range": 0.1, "temperature": 0.7,
     }  # fmt: skip
     assert config_from_dict({**BASE, **extra}) == config_from_dict(BASE)
+    assert config_from_dict({**BASE, **dict.fromkeys(_HARMLESS_KEYS, 1)}) == config_from_dict(BASE)
+    assert all(len(reason) > 20 for reason in _HARMLESS_KEYS.values())
+
+
+def test_no_key_is_in_two_tables() -> None:
+    assert not set(_HARMLESS_KEYS) & _READ_KEYS
+    assert not set(_FOREIGN_KEYS) & _READ_KEYS
+    assert not set(_FOREIGN_KEYS) & set(_HARMLESS_KEYS)
+
+
+def test_every_key_that_transformers_writes_is_known() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**TINY)
+    assert set(config.to_dict()) <= _READ_KEYS | set(_HARMLESS_KEYS)
+    assert {field.name for field in dataclasses.fields(config)} <= _READ_KEYS | set(_HARMLESS_KEYS)
+
+
+@pytest.mark.parametrize("key", sorted(_FOREIGN_KEYS))
+def test_key_of_another_family_is_refused_with_what_it_does_there(key: str) -> None:
+    neutral, reason = _FOREIGN_KEYS[key]
+    for value in (*neutral, None):
+        assert config_from_dict({**BASE, key: value}) == config_from_dict(BASE)
+    for value in (0.5, "yes", [3], True if True not in neutral else False):
+        with pytest.raises(ConfigError, match=f"keys this exporter does not read: {key}\n") as caught:
+            config_from_dict({**BASE, key: value})
+        assert caught.value.hint is not None
+        assert caught.value.hint.startswith(f"{key} {reason}; if they do not change the numbers, say so: ")
+        assert config_from_dict({**BASE, key: value}, allow_keys=[key]) == config_from_dict(BASE)
+
+
+def test_false_is_not_taken_for_the_number_zero() -> None:
+    with pytest.raises(ConfigError, match="num_experts"):
+        config_from_dict({**BASE, "num_experts": False})
+
+
+def test_layers_of_full_attention_are_what_llama_has() -> None:
+    assert config_from_dict({**BASE, "layer_types": ["full_attention"] * 2}) == config_from_dict(BASE)
+    with pytest.raises(ConfigError, match="layer_types"):
+        config_from_dict({**BASE, "layer_types": ["full_attention", "sliding_attention"]})
+
+
+def test_private_key_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="does not read: _rope_type_labels"):
+        config_from_dict({**BASE, "_rope_type_labels": ["x"]})
 
 
 def test_quantised_checkpoint_is_refused(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
@@ -317,8 +569,10 @@ def test_quantised_checkpoint_is_refused(make_checkpoint: MakeCheckpoint, capsys
 
 
 JSON_VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "llama3", "default", "2"])
-ROPE_OBJECTS = st.dictionaries(st.sampled_from(["rope_type", "type", "rope_theta", *LLAMA3]), JSON_VALUES, max_size=6)
-KEYS = sorted({*BASE, "rope_theta", "rope_scaling", "rope_parameters", "dtype", "tie_word_embeddings"})
+ROPE_KEYS = sorted({"type", *(field.name for field in dataclasses.fields(RopeConfig))})
+ROPE_VALUES = JSON_VALUES | st.sampled_from([2.0, 64, *SUPPORTED_ROPE_TYPES]) | st.just([1.5] * 8)
+ROPE_OBJECTS = st.dictionaries(st.sampled_from(ROPE_KEYS), ROPE_VALUES, max_size=6)
+KEYS = sorted(_READ_KEYS)
 
 
 @patient
@@ -334,8 +588,166 @@ def test_any_json_values_give_a_config_or_a_config_error(changes: dict[str, Any]
         hint = "none needed"
         assert config.head_dim % 2 == 0
         assert config.num_attention_heads % config.num_key_value_heads == 0
-        assert config.rope.rope_type in ("default", "llama3")
+        assert config.rope.rope_type in ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+        assert config.max_length >= config.max_position_embeddings
     assert hint
+
+
+# ---- tasks and labels -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architectures", "task"),
+    [
+        (["LlamaForCausalLM"], "causal-lm"),
+        (["LLaMAForCausalLM"], "causal-lm"),
+        (["LlamaForSequenceClassification"], "sequence-classification"),
+        (["LlamaForTokenClassification"], "token-classification"),
+        (["LlamaForQuestionAnswering"], "question-answering"),
+        (["LlamaModel"], "feature-extraction"),
+        (["LlamaForCausalLM", "LLaMAForCausalLM"], "causal-lm"),
+        ([], "causal-lm"),
+        (None, "causal-lm"),
+    ],
+    ids=str,
+)
+def test_auto_task_goes_by_the_architecture(architectures: list[str] | None, task: str) -> None:
+    config = config_from_dict({**BASE, "architectures": architectures})
+    assert config.architectures == tuple(architectures or ())
+    assert resolve_task("auto", config) == task
+    for asked in TASKS:
+        assert resolve_task(asked, config) == asked
+
+
+def test_every_llama_class_of_transformers_has_a_task() -> None:
+    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
+    for name in set(modeling.__all__) - {"LlamaPreTrainedModel"}:
+        assert resolve_task("auto", config_from_dict({**BASE, "architectures": [name]})) in TASKS
+
+
+def test_unknown_architecture_is_refused_unless_a_task_is_asked_for(
+    make_checkpoint: MakeCheckpoint, capsys: Capture
+) -> None:
+    checkpoint = make_checkpoint(architectures=["LlamaForRewardModel"])
+    check_export_refused(
+        capsys, checkpoint, "unknown architecture: LlamaForRewardModel", "LlamaForCausalLM, LlamaForSequenceClass",
+        "--task causal-lm | sequence-classification",
+    )  # fmt: skip
+    assert load_checkpoint(checkpoint, task="causal-lm").task == "causal-lm"
+
+
+def test_architectures_of_several_tasks_are_refused() -> None:
+    config = config_from_dict({**BASE, "architectures": ["LlamaModel", "LlamaForCausalLM"]})
+    with pytest.raises(ConfigError, match="names architectures of several tasks") as caught:
+        resolve_task("auto", config)
+    assert caught.value.hint == "choose one: --task causal-lm | feature-extraction"
+
+
+@pytest.mark.parametrize("task", ["text-generation", "", "Auto"])
+def test_unknown_task_is_refused(task: str) -> None:
+    expected = (
+        "auto | causal-lm | sequence-classification | token-classification | question-answering | feature-extraction"
+    )
+    for refuse in (lambda: ExportConfig(task=task), lambda: resolve_task(task, config_from_dict(BASE))):
+        with pytest.raises(ConfigError, match="bad value for task") as caught:
+            refuse()
+        assert caught.value.details == {"got": repr(task), "expected": expected}
+
+
+@pytest.mark.parametrize(
+    ("keys", "number", "labels"),
+    [
+        ({}, 2, ()),
+        ({"num_labels": 5}, 5, ()),
+        ({"num_labels": None, "id2label": None}, 2, ()),
+        ({"id2label": {"0": "A"}}, 1, ("A",)),
+        ({"id2label": {"1": "yes", "0": "no"}, "label2id": {"no": 0, "yes": 1}}, 2, ("no", "yes")),
+        ({"id2label": {str(i): f"L{i}" for i in (10, *range(10))}}, 11, tuple(f"L{i}" for i in range(11))),
+        ({"id2label": {"0": "A", "1": "B", "2": "C"}, "num_labels": 3}, 3, ("A", "B", "C")),
+    ],
+    ids=str,
+)
+def test_labels_are_those_of_hugging_face(keys: dict[str, Any], number: int, labels: tuple[str, ...]) -> None:
+    config = config_from_dict({**BASE, **keys})
+    assert (config.num_labels, config.labels) == (number, labels)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaConfig(**TINY, **{key: value for key, value in keys.items() if value is not None})
+    assert theirs.num_labels == number
+    assert not labels or tuple(theirs.id2label[i] for i in range(number)) == labels
+
+
+def test_number_of_labels_stated_twice_is_refused(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint()
+    edit_json(checkpoint / "config.json", num_labels=2, id2label={"0": "A", "1": "B", "2": "C"})
+    check_export_refused(
+        capsys, checkpoint, "states the number of labels twice", "num_labels: 2", "id2label:   3 labels",
+        "delete num_labels",
+    )  # fmt: skip
+
+
+def test_single_label_classification_of_one_label_is_refused_as_in_hugging_face() -> None:
+    with pytest.raises(ConfigError, match="bad value for problem_type") as caught:
+        config_from_dict({**BASE, "num_labels": 1, "problem_type": "single_label_classification"})
+    assert caught.value.details["expected"].startswith("regression or multi_label_classification")
+
+
+def test_names_and_number_of_labels_must_fit_in_a_manifest_too() -> None:
+    with pytest.raises(ConfigError, match="bad value for id2label") as caught:
+        dataclasses.replace(config_from_dict(BASE), labels=("A", "B", "C"))
+    assert caught.value.details["expected"] == "num_labels = 2 names"
+
+
+@pytest.mark.parametrize(
+    ("keys", "dropout"),
+    [
+        ({}, 0.1),
+        ({"classifier_dropout": 0.0}, 0.0),
+        ({"hidden_dropout": 0.3}, 0.3),
+        ({"classifier_dropout": None, "hidden_dropout": 0.3}, 0.3),
+        ({"classifier_dropout": 0.2, "hidden_dropout": 0.3}, 0.2),
+    ],
+    ids=str,
+)
+def test_classifier_dropout_is_that_of_hugging_face(keys: dict[str, Any], dropout: float) -> None:
+    assert config_from_dict({**BASE, **keys}).classifier_dropout == dropout
+    transformers = pytest.importorskip("transformers")
+    model = transformers.LlamaForTokenClassification(transformers.LlamaConfig(**TINY, **keys))
+    assert model.dropout.p == dropout
+
+
+@pytest.mark.parametrize("pad", [None, -1, 0, 96])
+def test_padding_token_may_be_absent_old_or_a_row_of_the_embedding(pad: int | None) -> None:
+    assert config_from_dict({**BASE, "pad_token_id": pad}).pad_token_id == pad
+
+
+def test_attention_dropout_that_is_null_is_none() -> None:
+    assert config_from_dict({**BASE, "attention_dropout": None}).attention_dropout == 0.0
+    assert config_from_dict({**BASE, "attention_dropout": 0.25}).attention_dropout == 0.25
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_hugging_face(name: str) -> None:
+    activations = pytest.importorskip("transformers.activations")
+    assert config_from_dict({**BASE, "hidden_act": name}).hidden_act == name
+    assert name in activations.ACT2FN
+
+
+def test_activations_are_those_of_the_model() -> None:
+    assert set(ACTIVATIONS) == set(mlp.ACTIVATIONS)
+
+
+def test_hidden_size_that_does_not_divide_needs_a_head_dim() -> None:
+    with pytest.raises(ConfigError, match="bad value for hidden_size: 73") as caught:
+        config_from_dict({**without(BASE, "head_dim"), "hidden_size": 73})
+    assert caught.value.details["expected"] == "a multiple of num_attention_heads = 6, or a head_dim"
+    assert config_from_dict({**BASE, "hidden_size": 73}).head_dim == 16
+
+
+def test_two_dtypes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="states its dtype twice") as caught:
+        config_from_dict({**BASE, "dtype": "float16", "torch_dtype": "bfloat16"})
+    assert caught.value.details["dtype"] == "float16"
+    assert caught.value.details["torch_dtype"] == "bfloat16"
 
 
 # ---- what follows from a config ---------------------------------------------------------------------------------
@@ -363,6 +775,33 @@ def test_parameter_count_is_the_sum_of_the_textbook_terms(
     total = (1 if tied else 2) * vocab * hidden + hidden + layers * (attention + feed_forward + 2 * hidden)
     assert config.num_parameters == total
     assert ("lm_head.weight" in expected_tensors(config)) is not tied
+
+
+@pytest.mark.parametrize(
+    ("task", "keys", "head"),
+    [
+        ("causal-lm", {}, {"lm_head.weight": (97, 72)}),
+        ("causal-lm", {"tie_word_embeddings": True}, {}),
+        ("sequence-classification", {"num_labels": 3}, {"score.weight": (3, 72)}),
+        ("token-classification", {"num_labels": 3}, {"score.weight": (3, 72), "score.bias": (3,)}),
+        ("token-classification", {"token_classification_bias": False}, {"score.weight": (2, 72)}),
+        ("question-answering", {"num_labels": 3}, {"qa_outputs.weight": (2, 72), "qa_outputs.bias": (2,)}),
+        ("feature-extraction", {}, {}),
+    ],
+    ids=str,
+)
+def test_tensors_are_the_parameters_of_hugging_face(
+    task: Task, keys: dict[str, Any], head: dict[str, tuple[int, ...]]
+) -> None:
+    config = config_from_dict({**BASE, **keys})
+    tensors = expected_tensors(config, task)
+    assert {name: shape for name, shape in tensors.items() if not name.startswith("model.")} == head
+    transformers = pytest.importorskip("transformers")
+    theirs = getattr(transformers, CLASSES[task])(transformers.LlamaConfig(**TINY, **keys))
+    want = {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}
+    prefix = {"question-answering": "transformer.", "feature-extraction": ""}.get(task, "model.")
+    assert {name.replace("model.", prefix, 1): shape for name, shape in tensors.items()} == want
+    assert count_parameters(config, task) == sum(math.prod(shape) for shape in want.values())
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128])
@@ -410,15 +849,20 @@ def test_bad_engine_setting_is_refused(settings: dict[str, Any], got: str, expec
 @pytest.mark.parametrize(
     ("ops", "kept", "plugins"),
     [
-        ("plugin", "plugin", {"LlamaRMSNorm", "LlamaAddRMSNorm", "LlamaAttention"}),
+        ("plugin", "plugin", {"LlamaRMSNorm", "LlamaAddRMSNorm", "LlamaAttention", "LlamaMaskedAttention"}),
         ("native", "native", set()),
-        ("LlamaRMSNorm=native", "LlamaRMSNorm=native", {"LlamaAddRMSNorm", "LlamaAttention"}),
+        ("LlamaRMSNorm=native", "LlamaRMSNorm=native", {"LlamaAddRMSNorm", "LlamaAttention", "LlamaMaskedAttention"}),
         (
             "LlamaRMSNorm=native,LlamaAddRMSNorm=native",
             "LlamaAddRMSNorm=native,LlamaRMSNorm=native",
-            {"LlamaAttention"},
+            {"LlamaAttention", "LlamaMaskedAttention"},
         ),
-        ("LlamaRMSNorm=native,LlamaAddRMSNorm=native,LlamaAttention=native", "native", set()),
+        (
+            "LlamaRMSNorm=native,LlamaAddRMSNorm=native,LlamaAttention=native",
+            "LlamaAddRMSNorm=native,LlamaAttention=native,LlamaRMSNorm=native",
+            {"LlamaMaskedAttention"},
+        ),
+        (",".join(f"{op}=native" for op in CUSTOM_OPS), "native", set()),
     ],
 )
 def test_ops_have_one_spelling(ops: str, kept: str, plugins: set[str]) -> None:
