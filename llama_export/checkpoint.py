@@ -38,8 +38,11 @@ _MAX_HEADER_BYTES = 100_000_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _PREFIXES = ("model.", "transformer.", "")
 """Where Hugging Face's classes keep the decoder: all but two; question answering; a decoder saved without a head."""
-_DECODER = re.compile(r"(model\.|transformer\.|)(?:embed_tokens|layers|norm|rotary_emb)\..+")
-_ROTARY = re.compile(r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
+_DECODER = re.compile(r"(model\.|transformer\.|)(?:embed_tokens|layers|norm)\..+")
+# Old Llama checkpoints stored RoPE's buffers; they follow from the config, and Hugging Face drops them too.
+_ROTARY = re.compile(
+    r"(?:model\.|transformer\.|)(?:layers\.\d+\.self_attn\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)"
+)
 _HEADS = ("lm_head.weight", "score.weight", "score.bias", "qa_outputs.weight", "qa_outputs.bias")
 _DROPPED_HEADS: dict[str, tuple[str, ...]] = {
     "causal-lm": (),
@@ -303,9 +306,11 @@ def _match_tensors(
     folder: Path, config: LlamaConfig, task: Task, stored: Mapping[str, TensorEntry]
 ) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
     """Reference name -> entry, and the stored names that are not used."""
-    expected, found = expected_tensors(config, task), _by_reference_name(folder, stored)
+    rotary = {name for name in stored if _ROTARY.fullmatch(name)}
+    expected = expected_tensors(config, task)
+    found = _by_reference_name(folder, {name: entry for name, entry in stored.items() if name not in rotary})
     extra = {name for name in found if name not in expected}
-    dropped = {name for name in extra if _ROTARY.fullmatch(name) or name in _DROPPED_HEADS[task]}
+    dropped = extra & set(_DROPPED_HEADS[task])
     if task == "causal-lm" and config.tie_word_embeddings and "lm_head.weight" in extra:
         _check_tied_copy(folder, found)
         dropped.add("lm_head.weight")
@@ -338,7 +343,7 @@ def _match_tensors(
             details=details,
             hint=hint,
         )
-    return {name: found[name] for name in expected}, tuple(sorted(found[name].name for name in dropped))
+    return {name: found[name] for name in expected}, tuple(sorted(rotary | dropped))
 
 
 def _by_reference_name(folder: Path, stored: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MakeCheckpoint, edit_json
+from conftest import TINY, MakeCheckpoint, edit_json
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -129,20 +129,38 @@ def test_single_file_is_taken_where_an_index_exists_too_as_transformers_does(mak
     assert [file.name for file in load_checkpoint(folder).files] == [FILE]
 
 
-def test_old_rotary_buffers_are_accepted_and_left_out(edit_tensors: Callable[..., Path]) -> None:
+ROTARY_BUFFERS = [
+    *(f"model.layers.{layer}.self_attn.rotary_emb.{name}" for layer in range(2) for name in ("cos_cached", "inv_freq")),
+    "model.layers.0.self_attn.rotary_emb.sin_cached",
+    "model.rotary_emb.inv_freq",
+    "rotary_emb.inv_freq",
+]
+
+
+def test_old_rotary_buffers_are_dropped_and_listed(edit_tensors: Callable[..., Path]) -> None:
     def add(tensors: Tensors) -> None:
-        for layer in range(2):
-            tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = ("F32", [8], bytes(32))
+        tensors.update(dict.fromkeys(ROTARY_BUFFERS, ("F32", [8], bytes(32))))
 
     checkpoint = load_checkpoint(edit_tensors(add))
-    assert not [name for name in checkpoint.tensors if "inv_freq" in name]
+    assert list(checkpoint.tensors) == list(expected_tensors(checkpoint.config))
+    assert checkpoint.dropped == tuple(sorted(ROTARY_BUFFERS))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.inv_freq", "rotary_emb.scale", "model.rotary_emb.inv_freq.weight", "masked_bias"]
+)
+def test_buffer_that_no_llama_has_is_unexpected(name: str, edit_tensors: Callable[..., Path], capsys: Capture) -> None:
+    checkpoint = edit_tensors(lambda tensors: tensors.__setitem__(name, ("F32", [8], bytes(32))))
+    check_export_refused(capsys, checkpoint, "0 missing, 1 unexpected, 0 mis-shaped", name)
 
 
 def test_identical_copy_of_a_tied_head_is_accepted_and_left_out(edit_tensors: Callable[..., Path]) -> None:
     folder = edit_tensors(
         lambda tensors: tensors.__setitem__("lm_head.weight", tensors[EMBEDDING]), tie_word_embeddings=True
     )
-    assert "lm_head.weight" not in load_checkpoint(folder).tensors
+    checkpoint = load_checkpoint(folder)
+    assert "lm_head.weight" not in checkpoint.tensors
+    assert checkpoint.dropped == ("lm_head.weight",)
 
 
 def test_shard_that_holds_only_a_tied_copy_still_belongs_to_the_checkpoint(make_checkpoint: MakeCheckpoint) -> None:
@@ -154,6 +172,253 @@ def test_shard_that_holds_only_a_tied_copy_still_belongs_to_the_checkpoint(make_
     write_index(folder, {**weight_map, "lm_head.weight": "head.safetensors"})
     # The index goes into the bundle, so every file it names must.
     assert "head.safetensors" in [file.name for file in load_checkpoint(folder).files]
+
+
+# ---- heads, and where Hugging Face's classes keep the decoder ---------------------------------------------------
+
+CLASSES: dict[str, str] = {
+    "causal-lm": "LlamaForCausalLM",
+    "sequence-classification": "LlamaForSequenceClassification",
+    "token-classification": "LlamaForTokenClassification",
+    "question-answering": "LlamaForQuestionAnswering",
+    "feature-extraction": "LlamaModel",
+}
+HEADS: dict[str, Tensors] = {
+    "sequence-classification": {"score.weight": ("F32", [2, 72], bytes(576))},
+    "token-classification": {"score.weight": ("F32", [2, 72], bytes(576)), "score.bias": ("F32", [2], bytes(8))},
+    "question-answering": {
+        "qa_outputs.weight": ("F32", [2, 72], bytes(576)), "qa_outputs.bias": ("F32", [2], bytes(8)),
+    },
+}  # fmt: skip
+
+
+def with_head(task: str) -> Callable[[Tensors], None]:
+    """Puts the head of a task in the place of ``lm_head``."""
+
+    def change(tensors: Tensors) -> None:
+        del tensors["lm_head.weight"]
+        tensors.update(HEADS.get(task, {}))
+
+    return change
+
+
+def under(prefix: str) -> Callable[[Tensors], None]:
+    """Renames the decoder's tensors."""
+
+    def change(tensors: Tensors) -> None:
+        for name in list(tensors):
+            if name.startswith("model."):
+                tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
+
+    return change
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "40KB"])
+@pytest.mark.parametrize("task", CLASSES)
+def test_what_hugging_face_saves_is_read_whole(task: str, shard_size: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.LlamaConfig(**TINY, id2label={0: "A", 1: "B", 2: "C"})
+    model = getattr(transformers, CLASSES[task])(config)
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint.task == task
+    assert (len(checkpoint.files) > 1) == (shard_size == "40KB")
+    assert list(checkpoint.tensors) == list(expected_tensors(checkpoint.config, checkpoint.task))
+    want = dict(model.named_parameters())
+    assert {entry.name for entry in checkpoint.tensors.values()} == set(want)
+    for entry in checkpoint.tensors.values():
+        raw = (tmp_path / entry.file).read_bytes()[entry.offset : entry.offset + entry.nbytes]
+        got = np.frombuffer(raw, np.float32).reshape(entry.shape)
+        np.testing.assert_array_equal(got, want[entry.name].detach().numpy())
+    assert checkpoint.dropped == ()
+
+
+@pytest.mark.parametrize("prefix", ["model.", "transformer.", ""], ids=repr)
+def test_decoder_is_found_under_every_prefix_of_hugging_face(prefix: str, edit_tensors: Callable[..., Path]) -> None:
+    folder = edit_tensors(under(prefix))
+    checkpoint = load_checkpoint(folder)
+    assert list(checkpoint.tensors) == list(expected_tensors(checkpoint.config))
+    assert checkpoint.tensors[EMBEDDING].name == f"{prefix}embed_tokens.weight"
+    assert checkpoint.tensors["lm_head.weight"].name == "lm_head.weight"
+    assert checkpoint.stored_dtype == "float32"
+
+
+def test_decoder_under_two_prefixes_is_refused(edit_tensors: Callable[..., Path], capsys: Capture) -> None:
+    def mix(tensors: Tensors) -> None:
+        tensors["transformer.norm.weight"] = tensors.pop("model.norm.weight")
+
+    check_export_refused(
+        capsys, edit_tensors(mix), "the decoder is stored under several prefixes: `model.` and `transformer.`",
+        f"{EMBEDDING}, transformer.norm.weight", "one of `model.`, `transformer.`, ``", "save one of them again",
+    )  # fmt: skip
+
+
+def test_foreign_prefix_is_refused(edit_tensors: Callable[..., Path], capsys: Capture) -> None:
+    check_export_refused(
+        capsys, edit_tensors(under("base_model.model.model.")), "20 missing, 20 unexpected",
+        "base_model.model.model.embed_tokens.weight",
+    )  # fmt: skip
+
+
+def test_errors_name_tensors_as_they_are_stored(edit_tensors: Callable[..., Path], capsys: Capture) -> None:
+    def change(tensors: Tensors) -> None:
+        under("transformer.")(tensors)
+        tensors["transformer.norm.weight"] = ("F32", [71], bytes(284))
+        tensors["transformer.layers.2.mlp.up_proj.weight"] = ("F32", [3], bytes(12))
+
+    check_export_refused(
+        capsys, edit_tensors(change), "unexpected: transformer.layers.2.mlp.up_proj.weight",
+        "mis-shaped: transformer.norm.weight: got [71], expected [72]",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "token-classification", "question-answering"])
+def test_head_of_the_pre_training_is_dropped_and_listed(task: str, edit_tensors: Callable[..., Path]) -> None:
+    for tied in (False, True):
+        folder = edit_tensors(
+            lambda tensors: tensors.update({"lm_head.weight": ("F32", [97, 72], bytes(27936)), **HEADS[task]}),
+            name=f"tied-{tied}", tie_word_embeddings=tied, architectures=[CLASSES[task]],
+        )  # fmt: skip
+        checkpoint = load_checkpoint(folder)
+        assert checkpoint.task == task
+        assert checkpoint.dropped == ("lm_head.weight",)
+        assert set(HEADS[task]) <= set(checkpoint.tensors)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", *HEADS])
+def test_features_are_read_from_a_checkpoint_with_any_head(task: str, edit_tensors: Callable[..., Path]) -> None:
+    folder = edit_tensors((lambda tensors: None) if task == "causal-lm" else with_head(task))
+    checkpoint = load_checkpoint(folder, task="feature-extraction")
+    assert checkpoint.dropped == tuple(sorted(HEADS.get(task, {"lm_head.weight": None})))
+    assert all(name.startswith("model.") for name in checkpoint.tensors)
+
+
+@pytest.mark.parametrize(
+    ("task", "missing"),
+    [
+        ("sequence-classification", "score.weight is missing"),
+        ("token-classification", "score.weight, score.bias are missing"),
+        ("question-answering", "qa_outputs.weight, qa_outputs.bias are missing"),
+    ],
+)
+def test_missing_head_is_refused_never_random(
+    task: str, missing: str, make_checkpoint: MakeCheckpoint, edit_tensors: Callable[..., Path]
+) -> None:
+    tied = make_checkpoint("tied", tie_word_embeddings=True)
+    bare = edit_tensors(lambda tensors: tensors.pop("lm_head.weight"), name="bare")
+    for folder, base in ((make_checkpoint(), "causal-lm"), (tied, "causal-lm"), (bare, "feature-extraction")):
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(folder, task=task)
+        assert caught.value.message == f"the checkpoint has no head for {task}: {missing}"
+        assert caught.value.hint == f"train it first, or choose --task {base}"
+
+
+def test_token_classifier_without_its_bias_is_refused(edit_tensors: Callable[..., Path]) -> None:
+    folder = edit_tensors(with_head("sequence-classification"))
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(folder, task="token-classification")
+    assert caught.value.message == "the checkpoint has no head for token-classification: score.bias is missing"
+    assert caught.value.details["got"] == "score.weight"
+    edit_json(folder / "config.json", token_classification_bias=False)
+    assert "score.bias" not in load_checkpoint(folder, task="token-classification").tensors
+
+
+def test_decoder_alone_is_no_causal_lm(edit_tensors: Callable[..., Path], capsys: Capture) -> None:
+    def change(tensors: Tensors) -> None:
+        del tensors["lm_head.weight"]
+        under("")(tensors)
+
+    folder = edit_tensors(change, architectures=["LlamaModel"])
+    assert load_checkpoint(folder).task == "feature-extraction"
+    with pytest.raises(CheckpointError, match=r"no head for causal-lm: lm_head\.weight is missing") as caught:
+        load_checkpoint(folder, task="causal-lm")
+    assert caught.value.details["architectures"] == "LlamaModel"
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    assert load_checkpoint(folder, task="causal-lm").task == "causal-lm"
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_head_of_another_task_is_unexpected(task: str, edit_tensors: Callable[..., Path], capsys: Capture) -> None:
+    checkpoint = edit_tensors(lambda tensors: tensors.update(HEADS[task]))
+    check_export_refused(
+        capsys, checkpoint, "unexpected: " + ", ".join(sorted(HEADS[task])),
+        "num_labels: 2; the task is causal-lm: choose another with --task",
+    )  # fmt: skip
+
+
+def test_head_of_another_number_of_labels_is_refused(edit_tensors: Callable[..., Path], capsys: Capture) -> None:
+    checkpoint = edit_tensors(with_head("sequence-classification"), architectures=[CLASSES["sequence-classification"]])
+    edit_json(checkpoint / "config.json", num_labels=3)
+    check_export_refused(
+        capsys, checkpoint, "mis-shaped: score.weight: got [2, 72], expected [3, 72]", "num_labels: 3",
+        "the task is sequence-classification",
+    )  # fmt: skip
+
+
+def test_unknown_task_is_refused(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="bad value for task: 'chat'"):
+        load_checkpoint(tiny_checkpoint, task="chat")
+
+
+# ---- shards, links, dtypes --------------------------------------------------------------------------------------
+
+
+def linked_to_blobs(checkpoint: Path, hub: Path) -> Path:
+    """The layout of ~/.cache/huggingface: ``snapshots/<commit>/<file>`` are links to ``blobs/<hash>``."""
+    blobs, snapshot = hub / "models--a--b" / "blobs", hub / "models--a--b" / "snapshots" / "0123abcd"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, path in enumerate(sorted(checkpoint.iterdir())):
+        path.rename(blobs / f"{i:040x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{i:040x}")
+    return snapshot
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_hub_cache_is_read_through_its_links(shards: int, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint()
+    whole = read_tensors(folder / FILE)
+    if shards > 1:
+        split_in_shards(folder, shards)
+    snapshot = linked_to_blobs(folder, tmp_path / "hub")
+    checkpoint = load_checkpoint(snapshot)
+    assert len(checkpoint.files) == shards
+    assert all(file.name.endswith(".safetensors") and file.size > 1000 for file in checkpoint.files)
+    for name, entry in checkpoint.tensors.items():
+        raw = (snapshot / entry.file).read_bytes()
+        assert raw[entry.offset : entry.offset + entry.nbytes] == whole[name][2]
+
+
+def test_link_to_a_blob_that_is_gone_is_a_missing_shard(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint()
+    split_in_shards(folder)
+    snapshot = linked_to_blobs(folder, tmp_path / "hub")
+    shard = snapshot / "model-00002-of-00002.safetensors"
+    shard.resolve().unlink()
+    with pytest.raises(CheckpointError, match=f"weight file `{shard.name}` is missing"):
+        load_checkpoint(snapshot)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_every_tensor_keeps_its_own_dtype(sharded: bool, edit_tensors: Callable[..., Path]) -> None:
+    codes = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
+
+    def mix(tensors: Tensors) -> None:
+        for i, (name, (_, shape, _)) in enumerate(list(tensors.items())):
+            code = list(codes)[i % 3]
+            tensors[name] = (code, shape, bytes(int(np.prod(shape)) * codes[code][1]))
+
+    folder = edit_tensors(mix, dtype="float32")
+    stored = read_tensors(folder / FILE)
+    if sharded:
+        split_in_shards(folder, 4)
+    checkpoint = load_checkpoint(folder)
+    assert {entry.dtype for entry in checkpoint.tensors.values()} == {"float32", "float16", "bfloat16"}
+    for name, entry in checkpoint.tensors.items():
+        dtype, width = codes[stored[name][0]]
+        assert (entry.dtype, entry.nbytes) == (dtype, int(np.prod(entry.shape)) * width)
+    assert checkpoint.weight_bytes == sum(len(content) for _, _, content in stored.values())
 
 
 # ---- no weights -------------------------------------------------------------------------------------------------
@@ -489,7 +754,10 @@ def test_missing_biases_are_listed(make_checkpoint: MakeCheckpoint, capsys: Capt
 def test_untied_config_needs_a_stored_head(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
     checkpoint = make_checkpoint(tie_word_embeddings=True)
     edit_json(checkpoint / "config.json", tie_word_embeddings=False)
-    check_export_refused(capsys, checkpoint, "1 missing", "lm_head.weight", "tie_word_embeddings: false")
+    check_export_refused(
+        capsys, checkpoint, "the checkpoint has no head for causal-lm: lm_head.weight is missing", "got:                 no head",
+        "tie_word_embeddings: false", "set tie_word_embeddings to true", "--task feature-extraction",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("where", [0, 13_000, -1], ids=["first-byte", "middle", "last-byte"])
