@@ -96,6 +96,7 @@ _HARMLESS_KEYS: dict[str, str] = {
     "label2id": "the inverse of id2label, which is read",
     "auto_map": "names code that runs only with trust_remote_code; exported is Hugging Face's own Llama",
     "is_llama_config": "a flag of nanotron, the trainer of SmolLM, that says: this is a Llama",
+    "neftune_noise_alpha": "noise on the embeddings in training",
     "max_sequence_length": "tokens of the training run; the model's limit is max_position_embeddings",
     "tie_last_hidden_states": "which of two tensors a call that asks for all hidden states lists last",
     **dict.fromkeys(
@@ -159,6 +160,10 @@ _FOREIGN_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "is_causal": ((True,), "false lets every token see the whole text; the graph's attention is causal"),
     "use_bidirectional_attention": ((False,), "lets every token see the whole text; the graph's attention is causal"),
     "rope_interleaved": ((False,), "rotates pairs (2i, 2i + 1); Llama's rotates pairs (i, i + head_dim / 2)"),
+    "rope_traditional": (
+        (False,),
+        "rotates pairs (2i, 2i + 1), as MLX names it; Llama's rotates (i, i + head_dim / 2)",
+    ),
     "use_mrope": ((False,), "gives each token several positions (Qwen2-VL); Llama has one"),
     "no_rope_layers": (([],), "leaves out RoPE in some layers (SmolLM3, Llama 4); Llama has it in all"),
     "no_rope_layer_interval": ((), "leaves out RoPE in some layers (SmolLM3, Llama 4); Llama has it in all"),
