@@ -360,14 +360,8 @@ SIMPLE = {
 @pytest.mark.parametrize("rope_type", TYPES)
 def test_traced_on_the_meta_device_into_simple_operators(rope_type: str) -> None:
     ort = pytest.importorskip("onnxruntime")
-    with torch.device("meta"):
-        module = LlamaRotaryEmbedding(our_config(16, EXAMPLES[rope_type]))
-        batch, tokens = torch.export.Dim("B", min=1), torch.export.Dim("S", min=1)
-        shapes = ({0: batch, 1: tokens}, {0: batch})
-        example = torch.zeros(2, 7, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-        program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
-    module.to_empty(device="cpu").set_frequencies()
-    proto = _onnx(program, rope_buffers(module.config))
+    module = ours(16, EXAMPLES[rope_type])
+    proto = _graph(module.config)
     operators = [node.op_type for node in proto.graph.node if node.op_type != "Constant"]
     assert set(operators) <= SIMPLE
     if rope_type in ("default", "linear", "llama3"):
@@ -385,11 +379,58 @@ def test_traced_on_the_meta_device_into_simple_operators(rope_type: str) -> None
             np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-4)
 
 
-def _onnx(program: torch.export.ExportedProgram, buffers: dict[str, torch.Tensor]) -> Any:
-    """As the exporter does: convert without weights, then put the values in."""
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rope_type", TYPES)
+def test_float64_reference_is_the_graph_read_in_float64(rope_type: str) -> None:
+    # The graph's constants are float32 numbers, and 3.7, 16 / 14 and an attention factor are none.
+    module = ours(16, EXAMPLES[rope_type], torch.float64)
+    lengths = [5, 33, 64, 65, 300]
+    batch_positions = torch.stack([torch.arange(4) + max(length - 4, 0) for length in lengths])
+    want = module(batch_positions, torch.tensor(lengths))
+    got = _evaluated_in_float64(
+        _graph(module.config), {"positions": batch_positions.numpy(), "length": np.array(lengths)}
+    )
+    for mine, reference in zip(got, want, strict=True):
+        assert mine.dtype == np.float64
+        np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-12)
+
+
+def _evaluated_in_float64(proto: Any, feeds: dict[str, Any]) -> list[Any]:
+    """The operators of :data:`SIMPLE`, with double in the place of float."""
+    onnx = pytest.importorskip("onnx")
+
+    def array(tensor: Any) -> Any:
+        values = onnx.numpy_helper.to_array(tensor)
+        return values.astype(np.float64) if values.dtype == np.float32 else values
+
+    def cast(x: Any, to: int) -> Any:
+        return np.asarray(x).astype(np.float64 if to == onnx.TensorProto.FLOAT else np.int64)
+
+    operators = {
+        "Unsqueeze": lambda x, axes: np.expand_dims(x, tuple(axes)), "Cast": cast, "Mul": np.multiply, "Cos": np.cos,
+        "Sin": np.sin, "Greater": np.greater, "Where": np.where, "Div": np.divide, "Sub": np.subtract,
+        "Pow": np.power, "Range": np.arange, "Reciprocal": lambda x: 1 / x, "Constant": lambda value: array(value),
+    }  # fmt: skip
+    assert set(operators) == SIMPLE
+    values = {**feeds, **{item.name: array(item) for item in proto.graph.initializer}}
+    for node in proto.graph.node:
+        attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+        values[node.output[0]] = operators[node.op_type](*(values[name] for name in node.input), **attributes)
+    return [values[output.name] for output in proto.graph.output]
+
+
+def _graph(config: LlamaConfig) -> Any:
+    """As the exporter makes it: traced and converted on the meta device, then the values put in."""
     onnx = pytest.importorskip("onnx")
     ir = pytest.importorskip("onnx_ir")
+    with torch.device("meta"):
+        module = LlamaRotaryEmbedding(config)
+        batch, tokens = torch.export.Dim("B", min=1), torch.export.Dim("S", min=1)
+        shapes = ({0: batch, 1: tokens}, {0: batch})
+        example = torch.zeros(2, 7, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
     model = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False).model
+    buffers = rope_buffers(config)
     for name, value in model.graph.initializers.items():
         if name in buffers:
             value.const_value = ir.tensor(buffers[name].numpy(), name=name)
