@@ -31,7 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 PACKAGE = "llama_export_plugins"
-ABI = 1
+ABI = 2
 """What ``llama_export_plugins_abi()`` must return: the inputs, attributes and stored fields this package knows.
 Must equal ``kABI`` in ``plugins/src/creators.cpp``."""
 VERSIONS = "0.1."
@@ -42,11 +42,12 @@ NAMESPACE = ""
 """Creators in any other namespace are silently missed by the parser when the model holds a function of that name."""
 _INSTALL = "pip install ./plugins, or build an engine without plugin layers: --ops native"
 _REINSTALL = "pip install --force-reinstall ./plugins, or build an engine without plugin layers: --ops native"
-_ATTENTION = "LlamaAttention"
+_ATTENTION, _MASKED_ATTENTION = "LlamaAttention", "LlamaMaskedAttention"
 _KERNELS = {
     "LlamaRMSNorm": ("rms_norm",),
     "LlamaAddRMSNorm": ("add_rms_norm",),
     _ATTENTION: ("rotate_and_append", "attention_prefill", "attention_decode"),
+    _MASKED_ATTENTION: ("rotate_and_append", "attention_padded"),
 }
 """Op -> kernels a plugin launches; names of ``plugins/kernels/table.py``."""
 _DTYPE_NAMES = {0: "float32", 1: "float16", 7: "bfloat16"}
@@ -251,7 +252,7 @@ def check_served(library: PluginLibrary, config: LlamaConfig, dtype: str, ops: C
             served = sorted({image["dtype"] for image in images})
             if dtype not in served:
                 raise _not_served(op, f"dtype {dtype}", ", ".join(served) or "no kernel", library)
-            if op == _ATTENTION:
+            if op in (_ATTENTION, _MASKED_ATTENTION):
                 largest = max(int(image["head_dim"]) for image in images if image["dtype"] == dtype)
                 if config.head_dim > largest:
                     raise _not_served(op, f"head_dim {config.head_dim}", f"even sizes up to {largest}", library)

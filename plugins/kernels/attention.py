@@ -1,4 +1,5 @@
-"""Attention over the static KV cache in two launches: rotate and append, then attend (prefill or decode).
+"""Attention in two launches: rotate and append, then attend: over the static KV cache (prefill or decode), or over one
+padded batch whose rotated keys lie in a scratch cache of just its length (padded).
 
 Shapes: B batch, S = ``new_tokens``, H = ``num_heads``, G = ``num_kv_heads``, R = H / G query heads per key/value head,
 C = ``capacity`` of the cache, D = ``head_dim``. Token s of row b is at position ``past_length[b] + s``.
@@ -94,7 +95,32 @@ def attention_prefill(
     cache = (b * num_kv_heads + g) * capacity
     query_row = (b * new_tokens + s) * num_heads + h
     attend(
-        rotated_query, present_key, present_value, attn_output, scale, query_row, live, past + s, keys, cache,
+        rotated_query, present_key, present_value, None, attn_output, scale, query_row, live, past + s, keys, cache,
+        head_dim, HEAD_DIM, MASKED, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def attention_padded(
+    rotated_query, rotated_key, value, attention_mask, attn_output, scale,
+    num_tokens, num_heads, num_kv_heads, head_dim,
+    HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Causal attention of S = ``num_tokens`` tokens over themselves, tokens whose mask is 0 left out as keys.
+
+    rotated_query, attn_output [B, S, H, D]; rotated_key, value [B, G, S, D]; attention_mask int64 [B, S]. Query i of row b
+    sees key j iff j <= i and attention_mask[b, j] != 0; one that sees nothing yields 0. Grid and tiles as in
+    :func:`attention_prefill`.
+    """
+    g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group = num_heads // num_kv_heads
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    s = row // group
+    last = tl.minimum(num_tokens - 1, (tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // group)
+    query_row = (b * num_tokens + s) * num_heads + g * group + row % group
+    attend(
+        rotated_query, rotated_key, value, attention_mask + b * num_tokens, attn_output, scale, query_row,
+        row < num_tokens * group, s, last + 1, (b * num_kv_heads + g) * num_tokens,
         head_dim, HEAD_DIM, MASKED, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -116,20 +142,21 @@ def attention_decode(
     keys = tl.minimum(past + 1, capacity).to(tl.int32)
     cache = (b * num_kv_heads + g) * capacity
     attend(
-        rotated_query, present_key, present_value, attn_output, scale, b * num_heads + g * group + r, r < group,
+        rotated_query, present_key, present_value, None, attn_output, scale, b * num_heads + g * group + r, r < group,
         past + r * 0, keys, cache, head_dim, HEAD_DIM, MASKED, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit
 def attend(
-    rotated_query, present_key, present_value, attn_output, scale, query_row, live, position, keys, cache,
+    rotated_query, present_key, present_value, is_key, attn_output, scale, query_row, live, position, keys, cache,
     head_dim, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries over the first ``keys`` cached keys, BLOCK_N at a time, with a running softmax.
 
     query_row [BLOCK_M]: rows of rotated_query and attn_output, where ``live``; position [BLOCK_M]: the last key each
-    query sees; cache: the row of present_key and present_value where this head's keys begin.
+    query sees; cache: the row of present_key and present_value where this head's keys begin; is_key: int64, 0 for keys that
+    nobody sees, or None: all are seen. Keys and values that nobody sees are not loaded.
     """
     d = tl.arange(0, HEAD_DIM)
     width = head_dim if MASKED else HEAD_DIM
@@ -144,11 +171,14 @@ def attend(
     for start in range(0, keys, BLOCK_N):
         j = start + n
         slot = (cache + j)[:, None] * width + d[None, :]
-        readable = (j < keys)[:, None] & in_head[None, :]
+        seen = j < keys
+        if is_key is not None:
+            seen = seen & (tl.load(is_key + j, mask=seen, other=0) != 0)
+        readable = seen[:, None] & in_head[None, :]
         k = tl.load(present_key + slot, mask=readable, other=0.0)
         v = tl.load(present_value + slot, mask=readable, other=0.0)
         scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale
-        visible = (j[None, :] <= position[:, None]) & (j < keys)[None, :]
+        visible = (j[None, :] <= position[:, None]) & seen[None, :]
         scores = tl.where(visible, scores, -float("inf"))
         higher = tl.maximum(maximum, tl.max(scores, 1))
         # Where nothing was visible yet the maximum is -inf, and -inf - -inf is NaN.

@@ -95,7 +95,44 @@ def ops(run: Run) -> dict[str, Callable[..., Any]]:
         )
         return attn_output, present_key, present_value
 
-    return {"LlamaRMSNorm": rms_norm_op, "LlamaAddRMSNorm": add_rms_norm_op, "LlamaAttention": attention_op}
+    def masked_attention_op(
+        query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor,
+        num_heads: int, num_kv_heads: int, head_dim: int, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """query [B, S, H*D]; key, value [B, S, G*D]; attention_mask [B, S]; rest as the op table."""
+        B, S, _ = query.shape
+        dtype = _DTYPES[query.dtype]
+        query, key, value = (_tokens_evenly_apart(tensor) for tensor in (query, key, value))
+        rotated_query = query.new_empty(B, S, num_heads * head_dim)
+        attn_output = torch.empty_like(rotated_query)
+        rotated_key, moved_value = (query.new_empty(B, num_kv_heads, S, head_dim) for _ in range(2))
+        # The batch is appended to an empty cache of its own length.
+        past_length = torch.zeros(B, dtype=torch.int64, device=query.device)
+        run(
+            select("rotate_and_append", dtype, head_dim),
+            (B * S, 1, 1),
+            (
+                query, key, value, cos.contiguous(), sin.contiguous(), past_length, rotated_query, rotated_key, moved_value,
+                S, num_heads, num_kv_heads, S, head_dim, query.stride(1), key.stride(1), value.stride(1),
+            ),
+        )  # fmt: skip
+        variant = select("attention_padded", dtype, head_dim)
+        run(
+            variant,
+            (-(-S * (num_heads // num_kv_heads) // variant.block_m), num_kv_heads, B),
+            (
+                rotated_query, rotated_key, moved_value, attention_mask.contiguous(), attn_output, float(scale),
+                S, num_heads, num_kv_heads, head_dim,
+            ),
+        )  # fmt: skip
+        return attn_output
+
+    return {
+        "LlamaRMSNorm": rms_norm_op,
+        "LlamaAddRMSNorm": add_rms_norm_op,
+        "LlamaAttention": attention_op,
+        "LlamaMaskedAttention": masked_attention_op,
+    }
 
 
 def _tokens_evenly_apart(tensor: Tensor) -> Tensor:

@@ -77,6 +77,13 @@ KERNELS = {
         ),
         Kernel("attention_prefill", _ATTENTION),
         Kernel("attention_decode", _ATTENTION),
+        Kernel(
+            "attention_padded",
+            _arguments(
+                "T* rotated_query, rotated_key, value; int64* attention_mask; T* attn_output; float32 scale;"
+                "int32 num_tokens, num_heads, num_kv_heads, head_dim"
+            ),
+        ),
     )
 }
 ALIGNED_SIZES = ("query_stride", "key_stride", "value_stride")
@@ -110,11 +117,12 @@ class Variant:
     def aligned(self, argument: str) -> bool:
         """Whether the compiler may take an argument for a multiple of 16 (a pointer: of 16 bytes).
 
-        Loads become vectors only then. A norm's hidden_size is any number; a slice of ``past_length`` starts anywhere.
+        Loads become vectors only then. A norm's hidden_size is any number; a slice of ``past_length`` or of a mask starts
+        anywhere.
         """
         kind = dict(KERNELS[self.kernel].arguments)[argument]
         if kind.endswith("*"):
-            return argument != "past_length"
+            return argument not in ("past_length", "attention_mask")
         return argument in ALIGNED_SIZES and not self.masked
 
 
@@ -131,7 +139,7 @@ def variants() -> Iterator[Variant]:
             yield Variant(
                 "rotate_and_append", dtype, head_dim, masked, {**shape, "HEADS": 8}, num_warps=4, num_stages=2
             )
-            for kernel in ("attention_prefill", "attention_decode"):
+            for kernel in ("attention_prefill", "attention_decode", "attention_padded"):
                 rows, keys, warps = tile(kernel, dtype, head_dim)
                 yield Variant(
                     kernel, dtype, head_dim, masked, {**shape, "BLOCK_M": rows, "BLOCK_N": keys}, warps, num_stages=2
@@ -144,7 +152,8 @@ def tile(kernel: str, dtype: str, head_dim: int) -> tuple[int, int, int]:
     float32 has no tensor cores without tf32, and its operands fill twice the registers: 16 rows, or it spills.
     """
     if dtype == "float32":
-        return 16, 16 if head_dim > 128 else 32, 4
+        # The mask's registers are what makes the widest heads spill with 4 warps.
+        return 16, 16 if head_dim > 128 else 32, 8 if kernel == "attention_padded" and head_dim > 128 else 4
     if kernel == "attention_decode":
         return 16, 32 if head_dim > 128 else 64, 4
     if head_dim > 128:

@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["ABI", "__version__", "library_path", "variants"]
 
 __version__ = metadata.version("llama-export-plugins")
-ABI = 1
+ABI = 2
 """An engine runs on the libraries of the number it was built with; `llama_export_plugins_abi()` of the library says it too."""
 
 _FOLDER = Path(__file__).resolve().parent

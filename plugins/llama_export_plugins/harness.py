@@ -101,8 +101,10 @@ def _dynamic_desc(shape: Sequence[int], dtype: torch.dtype) -> _DynamicTensorDes
 
 
 def _is_open(axis: int, rank: int, dtype: torch.dtype) -> bool:
+    if not dtype.is_floating_point:
+        return True  # past_length [B], attention_mask [B, S]
     if rank == 1:
-        return not dtype.is_floating_point  # past_length [B], but weight [E]
+        return False  # weight [E]
     return axis == 0 or (axis == 1 and rank == 3)
 
 
@@ -242,6 +244,9 @@ _ANSWERS: dict[str, Any] = {  # the members of struct CudaDriver, in its order
     "cuFuncSetAttribute": ctypes.CFUNCTYPE(ctypes.c_int32, _Pointer, ctypes.c_int32, ctypes.c_int32),
     "cuLaunchKernel": ctypes.CFUNCTYPE(ctypes.c_int32, _Pointer, *[ctypes.c_uint32] * 7, _Pointer, _Out, _Pointer),
     "cuMemcpyDtoDAsync": ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, _Pointer),
+    "cuMemsetD8Async": ctypes.CFUNCTYPE(
+        ctypes.c_int32, ctypes.c_uint64, ctypes.c_uint8, ctypes.c_size_t, _Pointer
+    ),
     "cuGetErrorName": ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32, _Out),
 }
 
@@ -422,12 +427,21 @@ class CudaStandIn:
     def _cuMemcpyDtoDAsync(self, destination: int, source: int, count: int, stream: int | None) -> int:  # noqa: N802
         self._record("cuMemcpyDtoDAsync", bytes=count, stream=stream)
         for what, address in (("destination", destination), ("source", source)):
-            buffer = self._buffer_at(f"the {what} of a copy", address)
-            room = buffer.address + buffer.nbytes - address
-            if count > room:
-                raise PluginError(f"a copy of {count} bytes leaves its {what}, which has {room}")
+            self._check_room(f"the {what} of a copy", address, count)
         ctypes.memmove(destination, source, count)
         return _CUDA_SUCCESS
+
+    def _cuMemsetD8Async(self, destination: int, value: int, count: int, stream: int | None) -> int:  # noqa: N802
+        self._record("cuMemsetD8Async", bytes=count, value=value, stream=stream)
+        self._check_room("the destination of a memset", destination, count)
+        ctypes.memset(destination, value, count)
+        return _CUDA_SUCCESS
+
+    def _check_room(self, what: str, address: int, count: int) -> None:
+        buffer = self._buffer_at(what, address)
+        room = buffer.address + buffer.nbytes - address
+        if count > room:
+            raise PluginError(f"{count} bytes leave {what}, which has {room}")
 
     def _cuGetErrorName(self, error: int, name: Any) -> int:  # noqa: N802
         text = ctypes.create_string_buffer(f"CUDA_ERROR_{error}".encode())

@@ -3,17 +3,9 @@
 #include "launch.h"
 #include "shapes.h"
 
-#include <cmath>
-#include <limits>
-
 namespace llama_export
 {
 using namespace nvinfer1;
-
-namespace
-{
-constexpr int64_t kMAX_GRID_YZ = 65535; //!< CUDA's limit of the second and third grid dimension
-} // namespace
 
 struct AttentionPlugin::Sizes
 {
@@ -24,24 +16,12 @@ struct AttentionPlugin::Sizes
 
 void AttentionPlugin::read(FieldReader& reader, AttentionParameters& parameters) noexcept
 {
-    reader.readInteger("num_heads", parameters.num_heads);
-    reader.require(parameters.num_heads >= 1, "num_heads", parameters.num_heads, "at least 1");
-    reader.readInteger("num_kv_heads", parameters.num_kv_heads);
-    reader.require(parameters.num_kv_heads >= 1 && parameters.num_heads % parameters.num_kv_heads == 0, "num_kv_heads",
-        parameters.num_kv_heads, "a divisor of num_heads");
-    reader.readInteger("head_dim", parameters.head_dim);
-    reader.require(parameters.head_dim >= 1, "head_dim", parameters.head_dim, "at least 1");
-    reader.readFloat("scale", parameters.scale);
-    reader.require(std::isfinite(parameters.scale) && parameters.scale > 0.0F, "scale", parameters.scale,
-        "a finite number greater than 0");
+    readAttentionParameters(reader, parameters);
 }
 
 void AttentionPlugin::write(AttentionParameters const& parameters, PluginField* fields) noexcept
 {
-    fields[0] = {"num_heads", &parameters.num_heads, PluginFieldType::kINT32, 1};
-    fields[1] = {"num_kv_heads", &parameters.num_kv_heads, PluginFieldType::kINT32, 1};
-    fields[2] = {"head_dim", &parameters.head_dim, PluginFieldType::kINT32, 1};
-    fields[3] = {"scale", &parameters.scale, PluginFieldType::kFLOAT32, 1};
+    writeAttentionParameters(parameters, fields);
 }
 
 bool AttentionPlugin::loadKernels() noexcept
@@ -84,11 +64,8 @@ bool AttentionPlugin::checkShapes(Dims const* inputs) const noexcept
     int64_t const numKvHeads = mParameters.num_kv_heads;
     int64_t const queryWidth = mParameters.num_heads * headDim;
     int64_t const kvWidth = numKvHeads * headDim;
-    if (headDim % 2 != 0 || !isHeadDimServed(kKERNEL, headDim))
+    if (!checkHeadDim(kNAME, kKERNEL, mParameters))
     {
-        reportError(kNAME, "no kernel serves this head_dim: got %d, expected an even number from 2 to 256; hint: build with "
-                           "--ops LlamaAttention=native",
-            mParameters.head_dim);
         return false;
     }
 
@@ -101,15 +78,7 @@ bool AttentionPlugin::checkShapes(Dims const* inputs) const noexcept
     int64_t const batch = query.d[0];
     int64_t const newTokens = query.d[1];
     int64_t const capacity = pastKey.d[2];
-    struct Expected
-    {
-        Input input;
-        char const* name;
-        int32_t rank;
-        int64_t dims[4];
-        char const* meanings[4];
-    };
-    Expected const expected[] = {
+    ExpectedShape const expected[] = {
         {kQUERY, "query", 3, {batch, newTokens, queryWidth, 0}, {"B", "S", "num_heads * head_dim", ""}},
         {kKEY, "key", 3, {batch, newTokens, kvWidth, 0}, {"B", "S", "num_kv_heads * head_dim", ""}},
         {kVALUE, "value", 3, {batch, newTokens, kvWidth, 0}, {"B", "S", "num_kv_heads * head_dim", ""}},
@@ -119,29 +88,8 @@ bool AttentionPlugin::checkShapes(Dims const* inputs) const noexcept
         {kPAST_VALUE, "past_value", 4, {batch, numKvHeads, capacity, headDim}, {"B", "num_kv_heads", "C", "head_dim"}},
         {kPAST_LENGTH, "past_length", 1, {batch, 0, 0, 0}, {"B", "", "", ""}},
     };
-    for (Expected const& tensor : expected)
-    {
-        Dims const& dims = inputs[tensor.input];
-        if (!checkRank(kNAME, tensor.name, dims, tensor.rank))
-        {
-            return false;
-        }
-        for (int32_t axis = 0; axis < tensor.rank; ++axis)
-        {
-            if (!checkDimension(kNAME, tensor.name, dims, axis, tensor.dims[axis], tensor.meanings[axis]))
-            {
-                return false;
-            }
-        }
-    }
-    constexpr int64_t kMAX_INT32 = std::numeric_limits<int32_t>::max();
-    int64_t const groupSize = mParameters.num_heads / numKvHeads;
-    return checkLimit(kNAME, "the batch", batch, kMAX_GRID_YZ)
-        && checkLimit(kNAME, "num_kv_heads", numKvHeads, kMAX_GRID_YZ)
-        && checkLimit(kNAME, "num_heads * head_dim", queryWidth, kMAX_INT32)
-        && checkLimit(kNAME, "the KV-cache capacity", capacity, kMAX_INT32)
-        && checkLimit(kNAME, "batch * new tokens", batch * newTokens, kMAX_INT32)
-        && checkLimit(kNAME, "new tokens * heads in a group", newTokens * groupSize, kMAX_INT32);
+    return checkExpectedShapes(kNAME, inputs, expected, sizeof expected / sizeof expected[0])
+        && checkAttentionLimits(kNAME, mParameters, batch, newTokens, capacity);
 }
 
 int32_t AttentionPlugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const* /*shapeInputs*/,

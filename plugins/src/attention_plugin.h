@@ -11,20 +11,11 @@
 //! to two it is copied first.
 #pragma once
 
-#include "plugin_base.h"
+#include "attention_parameters.h"
 
 namespace llama_export
 {
-struct AttentionParameters
-{
-    int32_t num_heads{1};
-    int32_t num_kv_heads{1};
-    int32_t head_dim{};
-    float scale{}; //!< multiplies the scores
-    int32_t dtype{kNO_DTYPE};
-};
-
-class AttentionPlugin final : public PluginBase<AttentionPlugin, AttentionParameters, 4>
+class AttentionPlugin final : public PluginBase<AttentionPlugin, AttentionParameters, kNUM_ATTENTION_ATTRIBUTES>
 {
 public:
     static constexpr char const* kNAME = "LlamaAttention";

@@ -3,6 +3,7 @@
 
 #include "attention_plugin.h"
 #include "log.h"
+#include "masked_attention_plugin.h"
 #include "rms_norm_plugin.h"
 
 #ifndef LLAMA_EXPORT_PLUGINS_VERSION
@@ -12,12 +13,14 @@
 namespace
 {
 //! Raised when an engine of the previous library would not run on this one: other inputs, attributes, or stored fields.
-constexpr int32_t kABI = 1;
+constexpr int32_t kABI = 2;
 
 llama_export::PluginCreator<llama_export::RmsNormPlugin> gRmsNormCreator;
 llama_export::PluginCreator<llama_export::AddRmsNormPlugin> gAddRmsNormCreator;
 llama_export::PluginCreator<llama_export::AttentionPlugin> gAttentionCreator;
-nvinfer1::IPluginCreatorInterface* const gCreators[] = {&gRmsNormCreator, &gAddRmsNormCreator, &gAttentionCreator};
+llama_export::PluginCreator<llama_export::MaskedAttentionPlugin> gMaskedAttentionCreator;
+nvinfer1::IPluginCreatorInterface* const gCreators[]
+    = {&gRmsNormCreator, &gAddRmsNormCreator, &gAttentionCreator, &gMaskedAttentionCreator};
 } // namespace
 
 #define LLAMA_EXPORT_API extern "C" __attribute__((visibility("default")))

@@ -42,6 +42,7 @@ bool openDriver(char const* plugin, CudaDriver& driver) noexcept
     find(library, "cuFuncSetAttribute", driver.funcSetAttribute, missing);
     find(library, "cuLaunchKernel", driver.launchKernel, missing);
     find(library, "cuMemcpyDtoDAsync_v2", driver.memcpyDtoDAsync, missing);
+    find(library, "cuMemsetD8Async", driver.memsetD8Async, missing);
     find(library, "cuGetErrorName", driver.getErrorName, missing);
     char const* optional = nullptr;
     find(library, "cuCtxGetId", driver.ctxGetId, optional);

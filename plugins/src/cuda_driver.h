@@ -33,6 +33,7 @@ struct CudaDriver
     CUresult (*launchKernel)(CUfunction function, uint32_t gridX, uint32_t gridY, uint32_t gridZ, uint32_t blockX,
         uint32_t blockY, uint32_t blockZ, uint32_t sharedBytes, CUstream stream, void** parameters, void** extra);
     CUresult (*memcpyDtoDAsync)(CUdeviceptr destination, CUdeviceptr source, size_t bytes, CUstream stream);
+    CUresult (*memsetD8Async)(CUdeviceptr destination, uint8_t value, size_t bytes, CUstream stream);
     CUresult (*getErrorName)(CUresult error, char const** name);
 
     //! `CUDA_ERROR_INVALID_VALUE`, or `an error that the driver has no name for`.

@@ -1,5 +1,5 @@
 //! \file
-//! What the three plugins share: the capabilities in one object, cloning, serialised fields, and their creator.
+//! What the plugins share: the capabilities in one object, cloning, serialised fields, and their creator.
 #pragma once
 
 #include "fields.h"

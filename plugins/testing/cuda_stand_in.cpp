@@ -63,6 +63,11 @@ STAND_IN_API CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr destination, CUdeviceptr 
     return gAnswers.memcpyDtoDAsync(destination, source, bytes, stream);
 }
 
+STAND_IN_API CUresult cuMemsetD8Async(CUdeviceptr destination, uint8_t value, size_t bytes, CUstream stream)
+{
+    return gAnswers.memsetD8Async(destination, value, bytes, stream);
+}
+
 STAND_IN_API CUresult cuGetErrorName(CUresult error, char const** name)
 {
     return gAnswers.getErrorName(error, name);

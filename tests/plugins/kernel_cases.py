@@ -20,13 +20,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import oracles
 
 from llama_export.ops.attention import attention_eager
+from llama_export.ops.masked_attention import masked_attention_eager
 from llama_export.ops.rms_norm import add_rms_norm_eager, rms_norm_eager
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT32_LIMIT = 1e-5
 NOISE_L2, NOISE_MAX = 2.0, 4.0
 Ops = Mapping[str, Callable[..., Any]]
-EAGER: Ops = {"LlamaRMSNorm": rms_norm_eager, "LlamaAddRMSNorm": add_rms_norm_eager, "LlamaAttention": attention_eager}
+EAGER: Ops = {
+    "LlamaRMSNorm": rms_norm_eager,
+    "LlamaAddRMSNorm": add_rms_norm_eager,
+    "LlamaAttention": attention_eager,
+    "LlamaMaskedAttention": masked_attention_eager,
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Case:
         values = [item.double().numpy() if item.is_floating_point() else item.numpy() for item in self.inputs]
         if self.op == "LlamaAttention":
             return tuple(torch.from_numpy(item) for item in oracles.attention(*values, *self.attributes))  # type: ignore[arg-type]
+        if self.op == "LlamaMaskedAttention":
+            return (torch.from_numpy(oracles.masked_attention(*values, *self.attributes)),)  # type: ignore[arg-type]
         if self.op == "LlamaRMSNorm":
             return (torch.from_numpy(oracles.rms_norm(*values, *self.attributes)),)
         # The sum is rounded to the model dtype before it is normalised: that is part of the op's definition.
@@ -155,6 +163,38 @@ def attention_case(
     return Case(f"LlamaAttention {_short(dtype)} {shape}", "LlamaAttention", inputs, (H, G, D, float(D) ** -0.5))
 
 
+def masked_attention_case(
+    dtype: torch.dtype, lengths: list[int], S: int, H: int, G: int, D: int,
+    *, side: str = "right", fused: bool = False, magnitude: float = 1.0, seed: int = 0,
+) -> Case:  # fmt: skip
+    """Attention over a padded batch; keys and values of padding are NaN.
+
+    Args:
+        lengths: tokens of each row that are not padding.
+        side: of the padding: right, left, or holes (every third token as well).
+        fused: query, key and value are slices of one [B, S, (H + 2G) * D] tensor.
+        magnitude: of query and key, so magnitude^2 of the scores.
+    """
+    generator, B = torch.Generator().manual_seed(seed), len(lengths)
+    scales = torch.cat([torch.full(((H + G) * D,), magnitude), torch.ones(G * D)])
+    mask = torch.zeros(B, S, dtype=torch.int64)
+    for b, length in enumerate(lengths):
+        mask[b, slice(S - length, S) if side == "left" else slice(0, length)] = 1
+    if side == "holes":
+        mask[:, ::3] = 0
+    together = torch.randn(B, S, (H + 2 * G) * D, generator=generator) * scales
+    together[..., H * D :].masked_fill_((mask == 0).unsqueeze(-1), float("nan"))
+    query, key, value = together.to(dtype).split([H * D, G * D, G * D], dim=-1)
+    if not fused:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    angles = torch.randn(B, S, D // 2, generator=generator) * 3
+    inputs = (query, key, value, angles.cos(), angles.sin(), mask)
+    shape = f"{side} {lengths} S{S} H{H} G{G} D{D}{' fused' if fused else ''} x{magnitude:g}"
+    return Case(
+        f"LlamaMaskedAttention {_short(dtype)} {shape}", "LlamaMaskedAttention", inputs, (H, G, D, float(D) ** -0.5)
+    )
+
+
 def cases() -> Iterator[Case]:
     """Awkward sizes at every dtype."""
     for dtype in DTYPES:
@@ -183,6 +223,22 @@ def cases() -> Iterator[Case]:
         yield attention_case(dtype, [2, 0], 1, 4, 2, 48, 8, fused=True)
         yield attention_case(dtype, [6], 4, 4, 2, 64, 16, magnitude=8.0)  # scores of several hundred
         yield attention_case(dtype, [6], 4, 4, 2, 64, 16, magnitude=0.0)  # all keys weigh the same
+        for masked in (
+            ([1], 1, 1, 1, 16),  # the smallest: one token
+            ([9, 4], 9, 4, 2, 16),
+            ([17, 1, 0], 17, 6, 2, 64),  # a row of nothing but padding
+            ([5], 5, 4, 4, 128),  # no grouping
+            ([7, 3], 7, 3, 1, 96),  # head_dim no power of two, three heads per key
+            ([3], 3, 2, 1, 256),
+            ([4], 4, 1, 1, 2),  # head_dim 2: one pair
+            ([70, 40], 70, 2, 1, 64),  # several tiles of queries and of keys
+        ):
+            for side in ("right", "left"):
+                yield masked_attention_case(dtype, *masked, side=side)
+        yield masked_attention_case(dtype, [11, 8], 11, 4, 2, 48, side="holes")
+        yield masked_attention_case(dtype, [6, 2], 6, 4, 2, 64, fused=True)
+        yield masked_attention_case(dtype, [6], 6, 4, 2, 64, magnitude=8.0)  # scores of several hundred
+        yield masked_attention_case(dtype, [6], 6, 4, 2, 64, magnitude=0.0)  # all keys weigh the same
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -103,6 +103,34 @@ def attention_node(
     return Node("LlamaAttention", inputs, (num_heads, num_kv_heads, head_dim, float(head_dim) ** -0.5))
 
 
+def masked_attention_node(
+    dtype: torch.dtype,
+    *,
+    mask: list[list[int]],
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 16,
+    seed: int = 0,
+) -> Node:
+    """Attention over a padded batch; keys and values of padding are NaN.
+
+    Args:
+        mask: 0 where there is padding.
+        heads: query heads, key/value heads.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    attention_mask = torch.tensor(mask)
+    batch, tokens = attention_mask.shape
+    query, key, value = (
+        torch.randn(batch, tokens, count * head_dim, generator=generator).to(dtype)
+        for count in (heads[0], heads[1], heads[1])
+    )
+    for tensor in (key, value):
+        tensor.masked_fill_((attention_mask == 0).unsqueeze(-1), torch.nan)
+    angles = 10 * torch.randn(batch, tokens, head_dim // 2, generator=generator)
+    inputs = (query, key, value, angles.cos(), angles.sin(), attention_mask)
+    return Node("LlamaMaskedAttention", inputs, (*heads, head_dim, float(head_dim) ** -0.5))
+
+
 def check_outputs(node: Node, got: tuple[Tensor, ...]) -> None:
     """The results of a node against float64, where float64 is finite; elsewhere (poison) nothing may have changed.
 

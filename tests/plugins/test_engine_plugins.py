@@ -228,11 +228,11 @@ def other_abi(folder: Path) -> SimpleNamespace:
 
 
 def other_version(folder: Path) -> SimpleNamespace:
-    return package(c_library(folder, QUERIES.format("0.9.0", 1)), version="0.9.0")
+    return package(c_library(folder, QUERIES.format("0.9.0", plugins.ABI)), version="0.9.0")
 
 
 def mixed_versions(folder: Path) -> SimpleNamespace:
-    return package(c_library(folder, QUERIES.format("0.1.1", 1)))
+    return package(c_library(folder, QUERIES.format("0.1.1", plugins.ABI)))
 
 
 def no_kernels(folder: Path) -> SimpleNamespace:
@@ -349,7 +349,7 @@ def test_an_engine_is_not_loaded_with_another_library(
     monkeypatch.setattr(engine, "execution_blocker", lambda backend: None)
     monkeypatch.setattr(engine, "gpu_compute_capability", lambda: "8.9")
     found = plugins.find_library()
-    monkeypatch.setattr(plugins, "find_library", lambda: replace(found, sha256="0" * 64, abi=2))
+    monkeypatch.setattr(plugins, "find_library", lambda: replace(found, sha256="0" * 64, abi=9))
     with pytest.raises(LlamaExportError) as caught:
         engine.EngineSession(copy, path)
     assert "plugin library" in str(caught.value)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, Case, attention_case, cases, judge, norm_case
+from kernel_cases import DTYPES, Case, attention_case, cases, judge, masked_attention_case, norm_case
 from torch import Tensor
 
 pytest.importorskip("triton", reason="`triton` is not installed: pip install './plugins[interpreter]'")
@@ -85,6 +85,18 @@ def test_attention_of_random_shapes(data: st.DataObject) -> None:
     check(attention_case(dtype, past, S, H, G, D, C, fused=data.draw(st.booleans())))
 
 
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_masked_attention_of_random_shapes(data: st.DataObject) -> None:
+    G = data.draw(st.integers(1, 3))
+    H = G * data.draw(st.integers(1, 4))
+    D = 2 * data.draw(st.integers(1, 40))
+    S = data.draw(st.integers(1, 20))
+    lengths = data.draw(st.lists(st.integers(0, S), min_size=1, max_size=3))
+    side, fused = data.draw(st.sampled_from(("right", "left", "holes"))), data.draw(st.booleans())
+    check(masked_attention_case(data.draw(st.sampled_from(DTYPES)), lengths, S, H, G, D, side=side, fused=fused))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_norms_are_bit_equal_to_pytorch(dtype: torch.dtype) -> None:
     """Within one block the sums are in float32 and both round at the same two places."""
@@ -147,6 +159,17 @@ def test_the_oracle_catches_a_wrong_kernel_call(fault: str) -> None:
     )
     attention_only = judge_first(case, results)
     assert not attention_only
+
+
+@pytest.mark.parametrize("fault", ["mask ignored", "mask of another row", "mask shifted", "unscaled"])
+def test_the_oracle_catches_a_wrong_masked_call(fault: str) -> None:
+    case = masked_attention_case(torch.float32, [9, 3], 9, 4, 2, 32, side="left")
+    *inputs, mask = case.inputs
+    *heads, scale = case.attributes
+    inputs[1], inputs[2] = inputs[1].nan_to_num(0.5), inputs[2].nan_to_num(0.5)
+    wrong = {"mask ignored": mask * 0 + 1, "mask of another row": mask.flip(0), "mask shifted": mask.roll(1, 1)}
+    results = loop.kernel_ops()[case.op](*inputs, wrong.get(fault, mask), *heads, 1.0 if fault == "unscaled" else scale)
+    assert not judge(case, results)[0].passed
 
 
 def judge_first(case: Case, results: Any) -> bool:

@@ -16,6 +16,7 @@ from library_support import (
     check_outputs,
     compile_objects,
     link_library,
+    masked_attention_node,
     norm_node,
     require_plugins,
     write_generated,
@@ -30,6 +31,8 @@ DECODE = attention_node(torch.float32, new_tokens=1, past=(3, 11), heads=(6, 2),
 MANY_TOKENS = attention_node(torch.float32, new_tokens=24, past=(0,), heads=(4, 2), head_dim=64)
 HALF = attention_node(torch.float16, new_tokens=4, past=(2, 0), head_dim=64)
 LARGE_HEAD = attention_node(torch.float32, new_tokens=2, past=(2,), head_dim=256)
+MASKED = masked_attention_node(torch.float32, mask=[[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]], heads=(6, 2))
+MASKED_TILES = masked_attention_node(torch.float32, mask=[[1] * 24], heads=(4, 2), head_dim=64)
 NORM = norm_node("LlamaRMSNorm", torch.float32, 2, 5, 72)
 ADD_NORM = norm_node("LlamaAddRMSNorm", torch.float32, 2, 5, 72)
 
@@ -52,7 +55,7 @@ class Fault:
     aliased: bool = True
 
 
-ATTENTION, RMS_NORM = "attention_plugin.cpp", "rms_norm_plugin.cpp"
+ATTENTION, RMS_NORM, MASKED_ATTENTION = "attention_plugin.cpp", "rms_norm_plugin.cpp", "masked_attention_plugin.cpp"
 FAULTS = (
     Fault("cos and sin swapped", Edit(ATTENTION, "arguments.cos = deviceAddress(inputs[kCOS]);", "arguments.cos = deviceAddress(inputs[kSIN]);"), PREFILL),
     Fault("key and value swapped", Edit(ATTENTION, "arguments.key = deviceAddress(inputs[kKEY]);", "arguments.key = deviceAddress(inputs[kVALUE]);"), PREFILL),
@@ -81,7 +84,21 @@ FAULTS = (
     Fault("threads, not warps", Edit("launch.h", "kTHREADS_PER_WARP * kernel.image->warps", "kernel.image->warps"), NORM),
     Fault("shared memory not passed", Edit("launch.h", "kernel.image->shared, stream", "0, stream"), PREFILL),
     Fault("output not aliased", Edit(ATTENTION, "case kPRESENT_VALUE: return kPAST_VALUE;", "case kPRESENT_VALUE: return kPAST_KEY;"), PREFILL),
-    Fault("heads lost in the engine", Edit(ATTENTION, '{"num_kv_heads", &parameters.num_kv_heads,', '{"num_kv_heads", &parameters.num_heads,'), PREFILL),
+    Fault("heads lost in the engine", Edit("attention_parameters.cpp", '{"num_kv_heads", &parameters.num_kv_heads,', '{"num_kv_heads", &parameters.num_heads,'), PREFILL),
+    Fault("masked: cos and sin swapped", Edit(MASKED_ATTENTION, "arguments.cos = deviceAddress(inputs[kCOS]);", "arguments.cos = deviceAddress(inputs[kSIN]);"), MASKED),
+    Fault("masked: key and value swapped", Edit(MASKED_ATTENTION, "arguments.key = deviceAddress(inputs[kKEY]);", "arguments.key = deviceAddress(inputs[kVALUE]);"), MASKED),
+    Fault("masked: rotated key and value swapped", Edit(MASKED_ATTENTION, "arguments.rotated_key = parts.at(parts.key);", "arguments.rotated_key = parts.at(parts.value);"), MASKED),
+    Fault("masked: mask of the first row", Edit(MASKED_ATTENTION, "Grid const grid{ceilDiv(rows, mAttend.image->block_m), mParameters.num_kv_heads, batch};", "Grid const grid{ceilDiv(rows, mAttend.image->block_m), mParameters.num_kv_heads, 1};"), MASKED),
+    Fault("masked: positions not cleared", Edit(MASKED_ATTENTION, "clearPastLength(parts, batch, stream) && rotate", "rotate"), MASKED),
+    Fault("masked: positions of one row cleared", Edit(MASKED_ATTENTION, "static_cast<size_t>(batch) * sizeof(int64_t), stream)", "sizeof(int64_t), stream)"), MASKED),
+    Fault("masked: grid rounded down", Edit(MASKED_ATTENTION, "ceilDiv(rows, mAttend.image->block_m)", "(rows > mAttend.image->block_m ? rows / mAttend.image->block_m : 1)"), MASKED),
+    Fault("masked: grid without the heads of a group", Edit(MASKED_ATTENTION, "tokens * (mParameters.num_heads / mParameters.num_kv_heads);", "tokens;"), MASKED_TILES),
+    Fault("masked: grid of tokens of one row", Edit(MASKED_ATTENTION, "Grid{batch * tokens, 1, 1}", "Grid{tokens, 1, 1}"), MASKED),
+    Fault("masked: capacity of one token", Edit(MASKED_ATTENTION, "arguments.capacity = static_cast<int32_t>(tokens);", "arguments.capacity = 1;"), MASKED),
+    Fault("masked: scale forgotten", Edit(MASKED_ATTENTION, "arguments.scale = mParameters.scale;", "arguments.scale = 1.0F;"), MASKED),
+    Fault("masked: parts of the workspace overlap", Edit(MASKED_ATTENTION, "value = key + padded(rows * parameters.num_kv_heads);", "value = key;"), MASKED),
+    Fault("masked: workspace for one row", Edit(MASKED_ATTENTION, "Workspace(mParameters, query.d[0], query.d[1], elementSize(inputs", "Workspace(mParameters, 1, query.d[1], elementSize(inputs"), MASKED),
+    Fault("masked: workspace without the positions", Edit(MASKED_ATTENTION, "bytes = pastLength + padded(batch * static_cast<int64_t>(sizeof(int64_t)));", "bytes = pastLength;"), MASKED),
     Fault("rows of one batch row", Edit(RMS_NORM, "for (int32_t i = 0; i + 1 < dims.nbDims; ++i)", "for (int32_t i = 1; i + 1 < dims.nbDims; ++i)"), NORM),
     Fault("hidden size of another axis", Edit(RMS_NORM, "dims.d[dims.nbDims - 1];", "dims.d[dims.nbDims - 2];"), NORM),
     Fault("epsilon forgotten", Edit(RMS_NORM, "    arguments.epsilon = mParameters.epsilon;\n    return launch(kNAME, mKernel, Grid{rows, 1, 1}, arguments, stream) ? kSUCCESS : kFAILURE;\n}\n\nint32_t AddRmsNormPlugin", "    return launch(kNAME, mKernel, Grid{rows, 1, 1}, arguments, stream) ? kSUCCESS : kFAILURE;\n}\n\nint32_t AddRmsNormPlugin"), norm_node("LlamaRMSNorm", torch.float32, 3, 8, magnitude=1e-3)),
@@ -89,7 +106,7 @@ FAULTS = (
     Fault("residual is the hidden state", Edit(RMS_NORM, "arguments.residual = deviceAddress(inputs[kRESIDUAL]);", "arguments.residual = deviceAddress(inputs[kHIDDEN_STATES]);"), ADD_NORM),
 )  # fmt: skip
 NODES = {"prefill": PREFILL, "decode": DECODE, "many tokens": MANY_TOKENS, "half": HALF, "large head": LARGE_HEAD,
-         "norm": NORM, "add norm": ADD_NORM}  # fmt: skip
+         "masked": MASKED, "masked tiles": MASKED_TILES, "norm": NORM, "add norm": ADD_NORM}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from library_support import DTYPES, PLUGINS, Node, attention_node, norm_node, require_plugins, run_python, spec_fields
+from library_support import (
+    DTYPES,
+    PLUGINS,
+    Node,
+    attention_node,
+    masked_attention_node,
+    norm_node,
+    require_plugins,
+    run_python,
+    spec_fields,
+)
 
 from llama_export.ops import OP_SPECS
 
@@ -26,6 +36,7 @@ NODES = {
     "LlamaRMSNorm": norm_node("LlamaRMSNorm", torch.float32, 2, 3, 40),
     "LlamaAddRMSNorm": norm_node("LlamaAddRMSNorm", torch.float32, 2, 3, 40),
     "LlamaAttention": attention_node(torch.float32, new_tokens=3, past=(2, 0)),
+    "LlamaMaskedAttention": masked_attention_node(torch.float32, mask=[[1, 1, 1], [0, 1, 1]]),
 }
 
 
@@ -70,7 +81,8 @@ def test_knows_no_driver_function_that_allocates_or_waits() -> None:
     names = set(re.findall(rb"(?<=\0)cu[A-Z]\w+(?=\0)", llama_export_plugins.library_path().read_bytes()))
     assert names == {
         b"cuCtxGetCurrent", b"cuCtxGetDevice", b"cuCtxGetId", b"cuDeviceGetAttribute", b"cuFuncSetAttribute",
-        b"cuGetErrorName", b"cuLaunchKernel", b"cuMemcpyDtoDAsync_v2", b"cuModuleGetFunction", b"cuModuleLoadData",
+        b"cuGetErrorName", b"cuLaunchKernel", b"cuMemcpyDtoDAsync_v2", b"cuMemsetD8Async", b"cuModuleGetFunction",
+        b"cuModuleLoadData",
     }  # fmt: skip
 
 
@@ -174,6 +186,8 @@ BAD_FIELDS: list[tuple[str, str, tuple[Field, ...], tuple[str, ...]]] = [
     ("LlamaAttention", "head_dim", (integer("head_dim", -2),), ("`head_dim`", "got -2", "at least 1")),
     ("LlamaAttention", "scale", (number("scale", float("inf")),), ("`scale`", "got inf", "finite")),
     ("LlamaAttention", "scale", (number("scale", -1.0),), ("`scale`", "got -1", "greater than 0")),
+    ("LlamaMaskedAttention", "head_dim", (integer("head_dim", -2),), ("`head_dim`", "got -2", "at least 1")),
+    ("LlamaMaskedAttention", "num_kv_heads", (integer("num_kv_heads", 3),), ("`num_kv_heads`", "got 3", "a divisor of num_heads")),
 ]  # fmt: skip
 
 
@@ -258,6 +272,10 @@ BAD_SHAPES: list[tuple[str, int, tuple[int, ...], str]] = [
     ("LlamaAttention", 6, (2, 2, 24, 32), "dimension 3 of `past_value` does not fit: got 32, expected 16 (head_dim)"),
     ("LlamaAttention", 6, (2, 2, 25, 16), "dimension 2 of `past_value` does not fit: got 25, expected 24 (C)"),
     ("LlamaAttention", 7, (2, 1), "`past_length` is of the wrong rank: got 2 dimensions, expected 1"),
+    ("LlamaMaskedAttention", 0, (2, 3, 63), "dimension 2 of `query` does not fit: got 63, expected 64 (num_heads * head_dim)"),
+    ("LlamaMaskedAttention", 2, (2, 3, 64), "dimension 2 of `value` does not fit: got 64, expected 32"),
+    ("LlamaMaskedAttention", 3, (2, 3, 16), "dimension 2 of `cos` does not fit: got 16, expected 8 (head_dim / 2)"),
+    ("LlamaMaskedAttention", 5, (2, 3, 1), "`attention_mask` is of the wrong rank: got 3 dimensions, expected 2"),
 ]  # fmt: skip
 
 
@@ -269,6 +287,16 @@ def test_shapes_that_do_not_fit_are_refused(
     with pytest.raises(PluginError, match=r"getOutputShapes returned -1") as caught:
         plugin.output_shapes(with_shape(NODES[op], index, *shape))
     assert f"{op}: {sentence}" in str(caught.value)
+    plugin.destroy()
+
+
+@pytest.mark.parametrize(("index", "shape"), [(5, (2, 4)), (5, (1, 3)), (1, (2, 4, 32)), (3, (2, 2, 8))])
+def test_sizes_of_a_batch_are_checked_at_run_time(library: PluginLibrary, index: int, shape: tuple[int, ...]) -> None:
+    node = NODES["LlamaMaskedAttention"]
+    plugin = library.create(node.op, fields_of(node))
+    tensors = [*with_shape(node, index, *shape), ((2, 3, 64), torch.float32)]
+    with pytest.raises(PluginError, match=r"onShapeChange returned -1; LlamaMaskedAttention: dimension \d of .* fit"):
+        plugin.shape_change(tensors, len(node.inputs))
     plugin.destroy()
 
 

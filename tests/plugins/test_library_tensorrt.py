@@ -48,6 +48,7 @@ for op, fields in {
     "LlamaRMSNorm": [number("epsilon", 1e-5)],
     "LlamaAddRMSNorm": [number("epsilon", 1e-5)],
     "LlamaAttention": heads,
+    "LlamaMaskedAttention": heads,
 }.items():
     creator = registry.get_creator(op, "1", "")
     assert creator is not None, op
@@ -62,6 +63,7 @@ EXPECTED = {
     "LlamaRMSNorm": ["1", "", ["epsilon"]],
     "LlamaAddRMSNorm": ["1", "", ["epsilon"]],
     "LlamaAttention": ["1", "", ["num_heads", "num_kv_heads", "head_dim", "scale"]],
+    "LlamaMaskedAttention": ["1", "", ["num_heads", "num_kv_heads", "head_dim", "scale"]],
 }
 
 
