@@ -40,7 +40,6 @@ _READABLE_PLANS = {"tensorrt-rtx": "1.7."}
 """Backend -> version prefix whose plan layout is checked."""
 _GRAPH_TEXT = re.compile(rb"header \{\n  version = \d[^\0]*")
 _TENSOR_LINE = re.compile(r'^  tensor=\{.*? dims=\{ (.*?) \}.*? name="([^"]*)".* type=(\w+) \}', re.MULTILINE)
-_SUFFIXES = {"prefill": "", "decode": " [profile 1]"}
 _STRING = re.compile(rb"\x13\x80\x01\x00(.{8})\x01\x80\x0c\x80\x01\x00(.{8})", re.DOTALL)
 _DIMS = re.compile(rb"\x59\x80\x01\x00\x07\x80\x01\x00(.{4})\x01\x80\x09\x80\x01\x00(.{8})", re.DOTALL)
 _FIELD_VALUE = b"\x01\x80\x03\x80\x01\x00"
@@ -50,6 +49,11 @@ _ATTENTION = "LlamaAttention"
 _DTYPE_FIELDS = {"float32": 0, "float16": 1, "bfloat16": 7}
 """``nvinfer1::DataType``: what a plugin stores as its field ``dtype``."""
 _TYPES = {"float32": "float", "float16": "half", "bfloat16": "bf16"}
+
+
+def _suffixes(sidecar: Mapping[str, Any]) -> dict[str, str]:
+    """Profile -> what the plan appends to the names of its tensors."""
+    return {profile: f" [profile {index}]" if index else "" for index, profile in enumerate(sidecar["profiles"])}
 
 
 def is_readable(sidecar: Mapping[str, Any]) -> bool:
@@ -72,8 +76,9 @@ def read_plan(
         ``compute_capabilities`` and ``forward_compatible``, and the differences.
     """
     problems = []
+    suffixes = _suffixes(sidecar)
     for entry in sidecar["io"]:
-        for profile, suffix in _SUFFIXES.items():
+        for profile, suffix in suffixes.items():
             name = (entry["name"] + suffix).encode()
             if re.search(re.escape(len(name).to_bytes(8, "little") + name), plan) is None:
                 problems.append(f"the {profile} profile has no {entry['kind']} `{entry['name']}`")
@@ -85,8 +90,10 @@ def read_plan(
     if _ATTENTION in sidecar["plugin_layers"]:
         problems += [problem for graph in main for problem in _tf32_problems(graph, sidecar)]
         problems += _plugin_cache_problems(records, copies, caches, sidecar)
+    elif not caches:
+        problems += [problem for graph in main for problem in _tf32_problems(graph, sidecar)]
     else:
-        for profile, suffix in _SUFFIXES.items():
+        for profile, suffix in suffixes.items():
             marked = f'"{present_name(0, "key")}{suffix}.1"'
             graph = next((text for text in graphs if marked in _line(text, "outputs")), None)
             if graph is None:
@@ -171,9 +178,10 @@ def _record_problems(
 ) -> list[str]:
     """Which plugins the plan calls, how often, and with which attributes."""
     counts = Counter(record.op for record in records)
-    expected = {op: count * len(_SUFFIXES) for op, count in sidecar["plugin_layers"].items()}
+    profiles = len(sidecar["profiles"])
+    expected = {op: count * profiles for op, count in sidecar["plugin_layers"].items()}
     problems = [
-        f"{counts[op]} plugin layers {op} in {len(_SUFFIXES)} profiles, expected {expected.get(op, 0)}"
+        f"{counts[op]} plugin layers {op} in {profiles} profiles, expected {expected.get(op, 0)}"
         for op in sorted({*counts, *expected})
         if counts[op] != expected.get(op, 0)
     ]
@@ -194,7 +202,7 @@ def _plugin_cache_problems(
     # The last strings before the op type: inputs 5 to 7, the three outputs, the layer's name, metadata.
     written = {record.before[-3][0]: record.before[-8:] for record in records if len(record.before) >= 8}
     by_name = {entry["name"]: entry for entry in caches}
-    for profile, suffix in _SUFFIXES.items():
+    for profile, suffix in _suffixes(sidecar).items():
         for layer in range(sidecar["plugin_layers"][_ATTENTION]):
             names = [present_name(layer, part) for part in ("key", "value")]
             found = written.get(names[1] + suffix)

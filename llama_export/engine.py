@@ -70,6 +70,7 @@ from llama_export.errors import (
     ShapeError,
     ToolchainError,
 )
+from llama_export.graph_io import INTERFACES, is_single_text
 from llama_export.kv_cache import CAPACITY, cache_names, cache_shape, present_name
 
 __all__ = [
@@ -86,18 +87,19 @@ __all__ = [
     "installed_plugins",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of the sidecar."""
 DEFAULT_CAPACITY = 4096
 """Cache capacity in tokens when none is asked for and the model allows more."""
 MAX_LOGITS = 256
 """Largest N of the prefill profile. TensorRT reserves [B, N, V] for the largest N, so all of C would cost gigabytes."""
-PREFILL, DECODE = "prefill", "decode"
-PROFILES = (PREFILL, DECODE)
-"""In the order of the engine's optimization profiles."""
+PREFILL, DECODE, TEXTS = "prefill", "decode", "texts"
+"""Optimization profiles: the first two of a causal LM, the last of the heads without a cache."""
 _DOMAIN = "llama_export"
 """Of the graph's custom ops; must equal ``ops.DOMAIN``."""
-_ATTENTION = "LlamaAttention"
+_ATTENTION, _MASKED_ATTENTION = "LlamaAttention", "LlamaMaskedAttention"
+_ATTENTION_MASK = 5
+"""Input of ``LlamaMaskedAttention``."""
 _PAST_KEY, _PAST_VALUE, _PAST_LENGTH = 5, 6, 7
 _PRESENT_KEY, _PRESENT_VALUE = 1, 2
 """Inputs and outputs of ``LlamaAttention``, in the order of ``ops/attention.py``."""
@@ -133,10 +135,11 @@ class EngineFacts:
     ops: str
     dtype: str
     bytes: int
-    kv_cache_capacity: int
-    """C, tokens."""
+    task: str
+    max_seq_len: int
+    """Longest sequence, tokens: C of a causal LM's cache, the longest text of the other heads."""
     max_batch: int
-    """Largest B of both profiles."""
+    """Largest B of all profiles."""
     layers: Mapping[str, int]
     """TensorRT layer type -> count in the network, before fusion."""
     plugin_layers: Mapping[str, int]
@@ -153,13 +156,13 @@ class EngineFacts:
     @property
     def metrics(self) -> dict[str, float | int | str]:
         """Flat numbers for a report."""
-        attentions = self.plugin_layers.get(_ATTENTION, 0)
+        cached, masked = (self.plugin_layers.get(op, 0) for op in (_ATTENTION, _MASKED_ATTENTION))
         return {
             "bytes": self.bytes,
-            "kv_cache_capacity": self.kv_cache_capacity,
+            "max_seq_len": self.max_seq_len,
             "max_batch": self.max_batch,
-            "in_place_cache_updates": self.layers.get("KV_CACHE_UPDATE", 0) + 2 * attentions,
-            "attention_layers": self.layers.get("ATTENTION_INPUT", 0) + attentions,
+            "in_place_cache_updates": self.layers.get("KV_CACHE_UPDATE", 0) + 2 * cached,
+            "attention_layers": self.layers.get("ATTENTION_INPUT", 0) + cached + masked,
             "plugin_layers": ", ".join(f"{count} {op}" for op, count in self.plugin_layers.items()) or "none",
             "compute_capabilities": " ".join(self.compute_capabilities)
             + (" and later ones it supports" if self.forward_compatible else ""),
@@ -199,7 +202,7 @@ def build_engine(
     """
     config = config or EngineConfig()
     capacity = resolve_capacity(bundle.config, config.max_seq_len)
-    target = bundle.folder / ENGINES_NAME / engine_name(bundle.dtype, config, capacity)
+    target = bundle.folder / ENGINES_NAME / engine_name(bundle, config, capacity)
     existing = [path.name for path in (target, target.with_suffix(".json")) if path.exists()]
     if existing and not config.force:
         raise ConfigError(
@@ -217,7 +220,7 @@ def build_engine(
     start = time.perf_counter()
     log(
         f"build: {config.backend} {trt.__version__}, {config.ops} ops, {bundle.dtype}, "
-        f"capacity {capacity} tokens, batch 1..{config.max_batch}"
+        f"{bundle.task}, up to {capacity} tokens, batch 1..{max_batch(bundle, config)}"
     )
     messages = message_log(trt)
     builder = trt.Builder(messages)
@@ -231,8 +234,8 @@ def build_engine(
     if library is not None:
         counts = ", ".join(f"{count} {op}" for op, count in plugin_layers.items())
         log(f"build: plugin layers: {counts}; library {library.version}")
-    profiles = engine_profiles(bundle.config, capacity, config.max_batch)
-    plan = _serialize(trt, builder, network, config, profiles, messages, progress)
+    profiles = engine_profiles(bundle, capacity, max_batch(bundle, config))
+    plan = _serialize(trt, builder, network, config, plugin_ops, profiles, messages, progress)
     del parser
     seconds = time.perf_counter() - start
 
@@ -247,9 +250,11 @@ def build_engine(
         "onnx_sha256": sha256_of_file(bundle.model_path),
         "engine_sha256": hashlib.sha256(plan).hexdigest(),
         "bytes": plan.nbytes,
+        "task": bundle.task,
         "dtype": bundle.dtype,
-        "kv_cache_capacity": capacity,
-        "max_batch": config.max_batch,
+        "max_seq_len": capacity,
+        "kv_cache_capacity": capacity if INTERFACES[bundle.task].has_cache else None,
+        "max_batch": max_batch(bundle, config),
         "profiles": profiles,
         "io": engine_io(bundle, capacity),
         "layers": layers,
@@ -290,7 +295,7 @@ def build_engine(
 
 
 def resolve_capacity(config: LlamaConfig, max_seq_len: int | None) -> int:
-    """C of an engine: what was asked for, else the model's context up to :data:`DEFAULT_CAPACITY`.
+    """Longest sequence of an engine: what was asked for, else the model's longest up to :data:`DEFAULT_CAPACITY`.
 
     Raises:
         ShapeError: more than the model's positions.
@@ -299,18 +304,30 @@ def resolve_capacity(config: LlamaConfig, max_seq_len: int | None) -> int:
     if max_seq_len is not None and max_seq_len > limit:
         raise ShapeError(
             f"the checkpoint has no positions beyond {limit} tokens",
-            details={"got": f"max_seq_len = {max_seq_len}", "expected": f"at most {limit}, the model's longest sequence"},
+            details={
+                "got": f"max_seq_len = {max_seq_len}",
+                "expected": f"at most {limit}, the model's longest sequence",
+            },
             hint=f"--max-seq-len {limit}",
         )
     return min(limit, DEFAULT_CAPACITY) if max_seq_len is None else max_seq_len
 
 
-def engine_name(dtype: str, config: EngineConfig, capacity: int) -> str:
-    """File name that tells engines of one bundle apart: ``float16-plugin-c4096-b4.tensorrt-rtx.engine``."""
+def max_batch(bundle: Bundle, config: EngineConfig) -> int:
+    """Largest batch of an engine: 1 where the graph has a fixed one."""
+    return 1 if is_single_text(bundle.config, bundle.task) else config.max_batch
+
+
+def engine_name(bundle: Bundle, config: EngineConfig, capacity: int) -> str:
+    """File name that tells engines of one bundle apart: ``float16-plugin-c4096-b4.tensorrt-rtx.engine``.
+
+    ``c`` is the capacity of a cache, ``s`` the longest text of a head without one.
+    """
+    longest = f"{'c' if INTERFACES[bundle.task].has_cache else 's'}{capacity}"
     tf32 = "-tf32" if config.tf32 else ""
     native = sorted(set(CUSTOM_OPS) - config.plugin_ops)
     ops = config.ops if config.ops in ("plugin", "native") else f"plugin-without-{'-'.join(native)}"
-    return f"{dtype}-{ops}-c{capacity}-b{config.max_batch}{tf32}.{config.backend}.engine"
+    return f"{bundle.dtype}-{ops}-{longest}-b{max_batch(bundle, config)}{tf32}.{config.backend}.engine"
 
 
 def engine_io(bundle: Bundle, capacity: int) -> list[dict[str, Any]]:
@@ -321,8 +338,12 @@ def engine_io(bundle: Bundle, capacity: int) -> list[dict[str, Any]]:
     ]
 
 
-def engine_profiles(config: LlamaConfig, capacity: int, max_batch: int) -> Profiles:
-    """Shapes the engine serves: ``prefill`` any S and N (up to :data:`MAX_LOGITS`), ``decode`` S = N = 1."""
+def engine_profiles(bundle: Bundle, capacity: int, max_batch: int) -> Profiles:
+    """Shapes the engine serves: ``prefill`` any S and N (up to :data:`MAX_LOGITS`), ``decode`` S = N = 1; ``texts`` any S."""
+    config = bundle.config
+    if not INTERFACES[bundle.task].has_cache:
+        texts = [[1, 1], [1, min(capacity, 128)], [max_batch, capacity]]
+        return {TEXTS: {name: texts for name in INTERFACES[bundle.task].inputs}}
 
     def shapes(tokens: Sequence[int], wanted: Sequence[int]) -> dict[str, list[list[int]]]:
         # One row is the common case; the rest of the range stays open.
@@ -342,40 +363,42 @@ def engine_profiles(config: LlamaConfig, capacity: int, max_batch: int) -> Profi
     }
 
 
-def expected_layers(config: LlamaConfig, plugin_ops: Collection[str]) -> dict[str, int]:
+def expected_layers(bundle: Bundle, plugin_ops: Collection[str]) -> dict[str, int]:
     """TensorRT layer type -> count that the network must have. No other count is fixed."""
-    layers = config.num_hidden_layers
-    native_attentions = 0 if _ATTENTION in plugin_ops else layers
+    layers, has_cache = bundle.config.num_hidden_layers, INTERFACES[bundle.task].has_cache
+    native_attentions = 0 if _attention_op(bundle) in plugin_ops else layers
+    heads = 0 if bundle.task == "feature-extraction" else 1
     return {
-        "KV_CACHE_UPDATE": 2 * native_attentions,
+        "KV_CACHE_UPDATE": 2 * native_attentions if has_cache else 0,
         "ROTARY_EMBEDDING": 2 * native_attentions,
         "ATTENTION_INPUT": native_attentions,
         "ATTENTION_OUTPUT": native_attentions,
-        "MATRIX_MULTIPLY": 7 * layers + 1,
-        "PLUGIN_V3": sum(expected_plugin_layers(config, plugin_ops).values()),
+        "MATRIX_MULTIPLY": 7 * layers + heads,
+        "PLUGIN_V3": sum(expected_plugin_layers(bundle, plugin_ops).values()),
     }
 
 
-def expected_plugin_layers(config: LlamaConfig, plugin_ops: Collection[str]) -> dict[str, int]:
+def _attention_op(bundle: Bundle) -> str:
+    return _ATTENTION if INTERFACES[bundle.task].has_cache else _MASKED_ATTENTION
+
+
+def expected_plugin_layers(bundle: Bundle, plugin_ops: Collection[str]) -> dict[str, int]:
     """op -> plugin layers: one attention a layer; the first norm has no sum before it, all others have."""
-    layers = config.num_hidden_layers
-    counts = {"LlamaAddRMSNorm": 2 * layers, _ATTENTION: layers, "LlamaRMSNorm": 1}
+    layers = bundle.config.num_hidden_layers
+    counts = {"LlamaAddRMSNorm": 2 * layers, _attention_op(bundle): layers, "LlamaRMSNorm": 1}
     return {op: count for op, count in counts.items() if op in plugin_ops}
 
 
 def plugin_attributes(config: LlamaConfig) -> dict[str, dict[str, int | float]]:
     """op -> attribute -> value that every plugin layer of the op must carry."""
     norm = {"epsilon": float32_value(config.rms_norm_eps)}
-    return {
-        "LlamaRMSNorm": norm,
-        "LlamaAddRMSNorm": norm,
-        _ATTENTION: {
-            "num_heads": config.num_attention_heads,
-            "num_kv_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "scale": config.softmax_scale,
-        },
+    attention = {
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "scale": config.softmax_scale,
     }
+    return {"LlamaRMSNorm": norm, "LlamaAddRMSNorm": norm, _ATTENTION: attention, _MASKED_ATTENTION: attention}
 
 
 def may_decompose(dtype: str, plugin_ops: Collection[str] = ()) -> bool:
@@ -385,7 +408,7 @@ def may_decompose(dtype: str, plugin_ops: Collection[str] = ()) -> bool:
     max_batch 1), and that keeps scores in float32, which a decomposition need not: better a build that fails than one
     that loses digits in silence.
     """
-    return dtype == "float32" and _ATTENTION not in plugin_ops
+    return dtype == "float32" and not {_ATTENTION, _MASKED_ATTENTION} & set(plugin_ops)
 
 
 def tensorrt_proto(onnx: Any, bundle: Bundle, capacity: int, plugin_ops: Collection[str] = ()) -> Any:
@@ -458,7 +481,7 @@ def _parse(
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         refusal = None if library is None else plugins.take_library_error(library)
         if refusal is not None:
-            op = next((op for op in CUSTOM_OPS if refusal.startswith(op)), _ATTENTION)
+            op = next((op for op in CUSTOM_OPS if refusal.startswith(f"{op}:")), _ATTENTION)
             raise EngineBuildError(
                 "a plugin refused its node",
                 details={"reason": refusal, **_numbered("error", [_parser_error(error) for error in errors])},
@@ -491,14 +514,15 @@ def _check_network(
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     counts = Counter(layer.type.name for layer in layers)
-    expected = expected_layers(bundle.config, plugin_ops)
+    expected = expected_layers(bundle, plugin_ops)
     problems = [
         f"{counts[name]} layers {name}, expected {count}" for name, count in expected.items() if counts[name] != count
     ]
     plugin_layers, plugin_problems = _plugin_problems(trt, layers, proto, bundle, plugin_ops)
     problems += plugin_problems
     problems += _io_problems(network, engine_io(bundle, capacity))
-    problems += _cache_problems(trt, layers, bundle, plugin_ops)
+    attention_problems = _cache_problems if INTERFACES[bundle.task].has_cache else _mask_problems
+    problems += attention_problems(trt, layers, bundle, plugin_ops)
     if problems:
         raise EngineBuildError(
             "the parsed network is not what the config implies",
@@ -524,7 +548,7 @@ def _plugin_problems(
         if nodes.get(layer.name) != name:
             problems.append(f"plugin layer `{layer.name}` is a {name}, the graph's node a {nodes.get(layer.name)}")
     in_graph = Counter(op for op in nodes.values() if op in plugin_ops)
-    for op, count in expected_plugin_layers(bundle.config, plugin_ops).items():
+    for op, count in expected_plugin_layers(bundle, plugin_ops).items():
         if found[op] != count or in_graph[op] != count:
             problems.append(f"{found[op]} plugin layers {op} from {in_graph[op]} nodes, expected {count}")
     problems += [f"{count} plugin layers {op}, expected none" for op, count in found.items() if op not in plugin_ops]
@@ -557,12 +581,15 @@ def _io_problems(network: Any, expected: Sequence[Mapping[str, Any]]) -> list[st
 _PASS_THROUGH = ("CAST", "ELEMENTWISE", "SHUFFLE")
 
 
-def _cache_problems(trt: Any, layers: Sequence[Any], bundle: Bundle, plugin_ops: Collection[str]) -> list[str]:
-    """Every cache is updated in place from its own input at ``past_length``, and read by its own layer's attention."""
+# ... and what may stand between ``attention_mask`` and the mask of an attention: logic besides.
+_MASK_LOGIC = (*_PASS_THROUGH, "CUMULATIVE", "UNARY", "SQUEEZE", "UNSQUEEZE")
+
+
+def _tracer(layers: Sequence[Any], through: Collection[str]) -> Callable[[Any], set[str]]:
+    """A function: tensor -> names of the tensor and of all it is computed from through layers of these types."""
     producers = {layer.get_output(slot).name: layer for layer in layers for slot in range(layer.num_outputs)}
 
     def sources(tensor: Any) -> set[str]:
-        """The tensor and all it is computed from through pass-through layers."""
         found: set[str] = set()
         pending = [tensor]
         while pending:
@@ -571,10 +598,42 @@ def _cache_problems(trt: Any, layers: Sequence[Any], bundle: Bundle, plugin_ops:
                 continue
             found.add(current.name)
             producer = producers.get(current.name)
-            if producer is not None and producer.type.name in _PASS_THROUGH:
+            if producer is not None and producer.type.name in through:
                 pending += [producer.get_input(slot) for slot in range(producer.num_inputs)]
         return found
 
+    return sources
+
+
+def _mask_problems(trt: Any, layers: Sequence[Any], bundle: Bundle, plugin_ops: Collection[str]) -> list[str]:
+    """Every attention of a head without a cache is masked by ``attention_mask``."""
+    sources = _tracer(layers, _MASK_LOGIC)
+    problems = []
+    if _MASKED_ATTENTION in plugin_ops:
+        masks = [
+            layer.get_input(_ATTENTION_MASK)
+            for layer in layers
+            if layer.type.name == "PLUGIN_V3" and layer.num_inputs > _ATTENTION_MASK
+        ]
+    else:
+        masks = []
+        for index, layer in enumerate(item for item in layers if item.type.name == "ATTENTION_INPUT"):
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings return the base class
+            masks.append(layer.attention.mask)
+            if layer.attention.decomposable != may_decompose(bundle.dtype):
+                problems.append(f"attention {index}: decomposable is {layer.attention.decomposable}")
+    problems += [
+        f"attention {index} is not masked by `attention_mask`"
+        for index, mask in enumerate(masks)
+        if mask is None or "attention_mask" not in sources(mask)
+    ]
+    missing = bundle.config.num_hidden_layers - len(masks)
+    return [*problems, f"{missing} attentions have no mask"] if missing else problems
+
+
+def _cache_problems(trt: Any, layers: Sequence[Any], bundle: Bundle, plugin_ops: Collection[str]) -> list[str]:
+    """Every cache is updated in place from its own input at ``past_length``, and read by its own layer's attention."""
+    sources = _tracer(layers, _PASS_THROUGH)
     if _ATTENTION in plugin_ops:
         return _plugin_cache_problems(layers, bundle, sources)
     updates, attentions = {}, []
@@ -635,8 +694,9 @@ def _plugin_cache_problems(layers: Sequence[Any], bundle: Bundle, sources: Calla
 
 
 def _serialize(
-    trt: Any, builder: Any, network: Any, config: EngineConfig, profiles: Profiles, messages: Any, progress: Progress
-) -> Any:
+    trt: Any, builder: Any, network: Any, config: EngineConfig, plugin_ops: Collection[str], profiles: Profiles,
+    messages: Any, progress: Progress,
+) -> Any:  # fmt: skip
     """The plan, in memory that TensorRT owns."""
     settings = builder.create_builder_config()
     for shapes in profiles.values():
@@ -654,7 +714,7 @@ def _serialize(
         settings.set_flag(trt.BuilderFlag.TF32)
     else:
         settings.clear_flag(trt.BuilderFlag.TF32)
-    if _ATTENTION in config.plugin_ops:
+    if _ATTENTION in plugin_ops:
         _check_aliasing(builder, network, settings, messages)
         settings.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     monitor = progress_monitor(trt, progress)
@@ -798,7 +858,8 @@ def check_engine(bundle: Bundle, engine_path: Path) -> EngineFacts:
             ops=sidecar["ops"],
             dtype=sidecar["dtype"],
             bytes=sidecar["bytes"],
-            kv_cache_capacity=sidecar["kv_cache_capacity"],
+            task=sidecar["task"],
+            max_seq_len=sidecar["max_seq_len"],
             max_batch=sidecar["max_batch"],
             layers=sidecar["layers"],
             plugin_layers=sidecar["plugin_layers"],
@@ -817,7 +878,7 @@ def check_engine(bundle: Bundle, engine_path: Path) -> EngineFacts:
 
 def _sidecar_problems(sidecar: Mapping[str, Any], bundle: Bundle, engine_path: Path) -> list[str]:
     """What the sidecar says against what the bundle and the sidecar's own settings imply."""
-    capacity = sidecar["kv_cache_capacity"]
+    capacity = sidecar["max_seq_len"]
     settings = EngineConfig(
         backend=sidecar["backend"],
         ops=sidecar["ops"],
@@ -829,11 +890,14 @@ def _sidecar_problems(sidecar: Mapping[str, Any], bundle: Bundle, engine_path: P
     expected: dict[str, object] = {
         "bytes": engine_path.stat().st_size,
         "onnx_sha256": bundle.manifest["graph_sha256"],
+        "task": bundle.task,
         "dtype": bundle.dtype,
-        "kv_cache_capacity": resolve_capacity(bundle.config, capacity),
+        "max_seq_len": resolve_capacity(bundle.config, capacity),
+        "kv_cache_capacity": capacity if INTERFACES[bundle.task].has_cache else None,
+        "max_batch": max_batch(bundle, settings),
         "io": engine_io(bundle, capacity),
-        "profiles": engine_profiles(bundle.config, capacity, settings.max_batch),
-        "plugin_layers": expected_plugin_layers(bundle.config, plugin_ops),
+        "profiles": engine_profiles(bundle, capacity, settings.max_batch),
+        "plugin_layers": expected_plugin_layers(bundle, plugin_ops),
         "settings": {
             "tf32": settings.tf32,
             "strongly_typed": True,
@@ -848,7 +912,7 @@ def _sidecar_problems(sidecar: Mapping[str, Any], bundle: Bundle, engine_path: P
         problems.append(f"plugin_library: got {library}, expected None")
     if plugin_ops and set(library or ()) != {"version", "abi", "sha256"}:
         problems.append(f"plugin_library: got {library}, expected version, abi and sha256")
-    counts = expected_layers(bundle.config, plugin_ops)
+    counts = expected_layers(bundle, plugin_ops)
     problems += [
         f"{sidecar['layers'].get(name, 0)} layers {name}, expected {count}"
         for name, count in counts.items()
@@ -892,7 +956,7 @@ class EngineSession:
         """Tensor name -> (device address, bytes)."""
         self.facts = check_engine(bundle, engine_path)
         self.config, self.dtype, self.backend = bundle.config, bundle.dtype, self.facts.backend
-        self.capacity, self.batch_size = self.facts.kv_cache_capacity, batch_size
+        self.capacity, self.batch_size = self.facts.max_seq_len, batch_size
         if not 1 <= batch_size <= self.facts.max_batch:
             raise ShapeError(
                 f"this engine does not serve {batch_size} rows",
@@ -959,7 +1023,7 @@ class EngineSession:
         feeds = {"input_ids": ids, "past_length": self.past_length, "sequence_length": lengths, "logits_index": index}
 
         profile = DECODE if new_tokens == 1 and index.shape[1] == 1 else PREFILL
-        selected = self._context.set_optimization_profile_async(PROFILES.index(profile), int(self._stream))
+        selected = self._context.set_optimization_profile_async((PREFILL, DECODE).index(profile), int(self._stream))
         self._require(selected, f"select the {profile} profile")
         for name, values in feeds.items():
             host = np.ascontiguousarray(values, np.int64)

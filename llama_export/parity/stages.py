@@ -703,7 +703,7 @@ def engine_execution(v: Validator) -> list[Stage]:
         if blocker is not None:
             stages.append(Stage(name=name, verdict="not-run", reason=blocker))
             continue
-        ids = v.ids[: facts.kv_cache_capacity]  # an engine may hold fewer tokens than the other stages use
+        ids = v.ids[: facts.max_seq_len]  # an engine may hold fewer tokens than the other stages use
         prompt = min(v.prompt, len(ids) - 1)
         got, want = trajectory(EngineSession(v.bundle, path), ids, prompt), v.want64[: len(ids)]
         limit = {"float32": FLOAT32_LIMIT, "float16": 1e-2, "bfloat16": 8e-2}[v.bundle.dtype]

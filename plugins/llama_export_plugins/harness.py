@@ -244,9 +244,7 @@ _ANSWERS: dict[str, Any] = {  # the members of struct CudaDriver, in its order
     "cuFuncSetAttribute": ctypes.CFUNCTYPE(ctypes.c_int32, _Pointer, ctypes.c_int32, ctypes.c_int32),
     "cuLaunchKernel": ctypes.CFUNCTYPE(ctypes.c_int32, _Pointer, *[ctypes.c_uint32] * 7, _Pointer, _Out, _Pointer),
     "cuMemcpyDtoDAsync": ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, _Pointer),
-    "cuMemsetD8Async": ctypes.CFUNCTYPE(
-        ctypes.c_int32, ctypes.c_uint64, ctypes.c_uint8, ctypes.c_size_t, _Pointer
-    ),
+    "cuMemsetD8Async": ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_uint64, ctypes.c_uint8, ctypes.c_size_t, _Pointer),
     "cuGetErrorName": ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32, _Out),
 }
 
