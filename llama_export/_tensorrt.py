@@ -196,7 +196,13 @@ def message_log(trt: Any) -> Any:
             """All of them, in order."""
             return self.kept or ["none was given"]
 
-    return MessageLog()
+    log = MessageLog()
+    _LOGS.append(log)
+    return log
+
+
+_LOGS: list[Any] = []
+"""TensorRT keeps the address of a process's first log, for its registry too, without owning it: none may go."""
 
 
 def progress_monitor(trt: Any, progress: Progress) -> Any:

@@ -6,11 +6,13 @@ Nothing here runs an engine: that needs a GPU. What an engine holds is read from
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,6 +117,13 @@ def test_check_engine_accepts_what_was_built(built: dict[str, tuple[Bundle, Path
     assert facts.not_checked == ()
     assert facts.metrics["in_place_cache_updates"] == 2 * LAYERS
     assert facts.bytes == built[dtype][1].stat().st_size
+
+
+def test_a_log_outlives_its_builder() -> None:
+    """TensorRT's registry writes to the process's first log: once that is collected, loading a library crashes."""
+    log = weakref.ref(_tensorrt.message_log(trt))
+    gc.collect()
+    assert log() is not None
 
 
 def test_result_and_callbacks(bundle: Bundle) -> None:
@@ -373,7 +382,8 @@ def test_an_engine_of_another_dtype_is_refused(
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda s: s.update(kv_cache_capacity=CAPACITY + 1), "io: got"),
+        (lambda s: s.update(kv_cache_capacity=CAPACITY + 1), "kv_cache_capacity: got 54, expected 53"),
+        (lambda s: s.update(max_seq_len=CAPACITY + 1), "io: got"),
         (lambda s: s["io"][-1].update(alias_of=None), "io: got"),
         (lambda s: s["profiles"]["prefill"]["input_ids"].pop(), "profiles: got"),
         (lambda s: s["layers"].update(KV_CACHE_UPDATE=3), "3 layers KV_CACHE_UPDATE, expected 4"),
@@ -383,7 +393,7 @@ def test_an_engine_of_another_dtype_is_refused(
         (lambda s: s.pop("io"), "lacks a field"),
         (lambda s: s.update(schema_version=1), "schema version"),
     ],
-    ids=["capacity", "alias", "profile", "layers", "gpu", "plugins", "type", "field", "schema"],
+    ids=["capacity", "longest", "alias", "profile", "layers", "gpu", "plugins", "type", "field", "schema"],
 )
 def test_a_sidecar_that_lies_is_refused(
     own_engine: tuple[Bundle, Path], edit: Callable[[dict[str, Any]], object], message: str

@@ -195,8 +195,11 @@ class LlamaFlashAttention2(_PyTorchAttention):
         group = q_HSD.shape[0] // k_GTD.shape[0]
         k, v = (item.repeat_interleave(group, dim=0).unsqueeze(0) for item in (k_GTD, v_GTD))
         mask = causal_lower_right(q_HSD.shape[1], k_GTD.shape[1])
+        q = q_HSD.unsqueeze(
+            0
+        ).contiguous()  # the kernel wants the last stride to be 1, which a transpose of D = 2 loses
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            attended = F.scaled_dot_product_attention(q_HSD.unsqueeze(0), k, v, attn_mask=mask, scale=self.scale)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return attended.squeeze(0)
 
 

@@ -138,7 +138,7 @@ class LlamaForSequenceClassification(nn.Module):
             several = "single_label_classification" if integers else "multi_label_classification"
             problem = "regression" if self.config.num_labels == 1 else several
         if problem == "regression":
-            return F.mse_loss(logits.squeeze(-1) if self.config.num_labels == 1 else logits, labels), logits
+            return F.mse_loss(logits, labels.view_as(logits)), logits  # [B] or [B, num_labels] alike
         if problem == "single_label_classification":
             return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX), logits
         return F.binary_cross_entropy_with_logits(logits, labels), logits

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_export.checkpoint import Checkpoint, TensorEntry, load_checkpoint
-from llama_export.model.heads import MODEL_CLASSES, LlamaWithHead
+from llama_export.model.heads import MODEL_CLASSES, LlamaForCausalLM, LlamaWithHead
 
 
 def load_reference(
@@ -31,6 +31,8 @@ def load_reference(
     if "lm_head.weight" in model.state_dict() and config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, strict=True, assign=True)
+    if isinstance(model, LlamaForCausalLM) and config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # `assign` makes two parameters of one tensor
     model.model.rotary_emb.set_frequencies(torch.float64 if dtype == torch.float64 else torch.float32)
     return model.eval().requires_grad_(False)
 
