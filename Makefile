@@ -31,8 +31,9 @@ $(VENV)/.plugins: $(VENV)/.installed $(shell find plugins -type f -not -name '*.
 demo: $(VENV)/.plugins
 	$(BIN)/python examples/demo.py --checkpoint examples/tiny-llama --bundle $(BUNDLE) --report $(REPORT)
 
+# Two processes, a file each at a time: fixtures that export or build are made once per file at most.
 test: $(VENV)/.plugins
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 plugins: $(VENV)/.plugins
 
