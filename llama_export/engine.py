@@ -15,7 +15,7 @@ What is proven here, on any machine:
   attributes, TF32, the GPUs it runs on;
 * the *file* later: its hash, the hash of the graph it was built from, its plugin library, and all of the above again.
 
-What is not: the numbers. :class:`EngineSession` runs an engine and has itself not been run on a GPU.
+What is not: the numbers. :mod:`llama_export.engine_session` runs an engine and has itself not been run on a GPU.
 
 Shapes: B batch, S new tokens, N wanted positions, C kv_cache_capacity, G key/value heads, D head_dim, V vocabulary.
 
@@ -35,9 +35,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from llama_export import __version__, plugins
 from llama_export._plan import is_readable, read_plan
 from llama_export._process import peak_rss_bytes
@@ -46,7 +43,6 @@ from llama_export._tensorrt import (
     execution_blocker,
     gpu_compute_capability,
     load_backend,
-    load_cuda_runtime,
     load_onnx,
     message_log,
     progress_monitor,
@@ -79,10 +75,8 @@ __all__ = [
     "PREFILL",
     "EngineFacts",
     "EngineResult",
-    "EngineSession",
     "build_engine",
     "check_engine",
-    "execution_blocker",
     "inspect_engine",
     "installed_plugins",
 ]
@@ -272,7 +266,7 @@ def build_engine(
         if problems:
             raise EngineBuildError(
                 "the builder made an engine that is not what the config implies",
-                details=_numbered("plan", problems),
+                details=numbered("plan", problems),
                 hint="this is a bug or an untested TensorRT version: see `llama-export env`",
             )
         sidecar |= facts
@@ -484,12 +478,12 @@ def _parse(
             op = next((op for op in CUSTOM_OPS if refusal.startswith(f"{op}:")), _ATTENTION)
             raise EngineBuildError(
                 "a plugin refused its node",
-                details={"reason": refusal, **_numbered("error", [_parser_error(error) for error in errors])},
+                details={"reason": refusal, **numbered("error", [_parser_error(error) for error in errors])},
                 hint=plugins.native_hint([op]),
             )
         raise EngineBuildError(
             "TensorRT's parser refused the graph",
-            details=_numbered("error", [_parser_error(error) for error in errors] or messages.lines()),
+            details=numbered("error", [_parser_error(error) for error in errors] or messages.lines()),
             hint="this is a bug or an untested TensorRT version: see `llama-export env`",
         )
     return network, parser
@@ -526,7 +520,7 @@ def _check_network(
     if problems:
         raise EngineBuildError(
             "the parsed network is not what the config implies",
-            details=_numbered("network", problems),
+            details=numbered("network", problems),
             hint="this is a bug or an untested TensorRT version: see `llama-export env`",
         )
     return dict(sorted(counts.items())), plugin_layers
@@ -706,7 +700,7 @@ def _serialize(
         if settings.add_optimization_profile(profile) < 0:
             raise EngineBuildError(
                 "TensorRT refused an optimization profile",
-                details=_numbered("message", messages.lines()),
+                details=numbered("message", messages.lines()),
                 hint="choose another --max-seq-len or --max-batch",
             )
     # On by default: without this a float32 engine multiplies 10-bit mantissas.
@@ -725,7 +719,7 @@ def _serialize(
     if plan is None:
         raise EngineBuildError(
             "TensorRT's builder refused the network",
-            details=_numbered("message", messages.lines()),
+            details=numbered("message", messages.lines()),
             hint=_NO_KERNEL if "dedicated kernel" in "".join(messages.lines()) else "see the messages above",
         )
     return plan
@@ -782,7 +776,7 @@ def _write(target: Path, plan: Any, sidecar: Mapping[str, Any]) -> None:
             folder.rmdir()
 
 
-def _numbered(label: str, lines: Sequence[str]) -> dict[str, str]:
+def numbered(label: str, lines: Sequence[str]) -> dict[str, str]:
     return {label if len(lines) == 1 else f"{label} {index}": line for index, line in enumerate(lines, 1)}
 
 
@@ -798,13 +792,13 @@ def inspect_engine(path: Path) -> dict[str, Any]:
     sidecar_path = path.with_suffix(".json")
     for needed in (path, sidecar_path):
         if not needed.is_file():
-            raise ArtifactMismatchError(f"`{needed.name}` is missing", details={"folder": path.parent}, hint=_REBUILD)
+            raise ArtifactMismatchError(f"`{needed.name}` is missing", details={"folder": path.parent}, hint=REBUILD)
     sidecar = load_json_object(sidecar_path)
     if sidecar.get("schema_version") != SCHEMA_VERSION:
         raise ArtifactMismatchError(
             "this engine's sidecar has another schema version",
             details={"file": sidecar_path, "got": sidecar.get("schema_version"), "expected": SCHEMA_VERSION},
-            hint=_REBUILD,
+            hint=REBUILD,
         )
     with path.open("rb") as stream:
         got = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -812,12 +806,12 @@ def inspect_engine(path: Path) -> dict[str, Any]:
         raise ArtifactMismatchError(
             f"`{path.name}` is not the file its sidecar describes",
             details={"got": f"sha256 {got}", "expected": f"sha256 {sidecar.get('engine_sha256')}"},
-            hint=_REBUILD,
+            hint=REBUILD,
         )
     return sidecar
 
 
-_REBUILD = "build again: llama-export build BUNDLE --force"
+REBUILD = "build again: llama-export build BUNDLE --force"
 
 
 def check_engine(bundle: Bundle, engine_path: Path) -> EngineFacts:
@@ -849,8 +843,8 @@ def check_engine(bundle: Bundle, engine_path: Path) -> EngineFacts:
         if problems:
             raise ArtifactMismatchError(
                 f"`{engine_path.name}` is not an engine of this bundle",
-                details=_numbered("difference", problems),
-                hint=_REBUILD,
+                details=numbered("difference", problems),
+                hint=REBUILD,
             )
         return EngineFacts(
             backend=sidecar["backend"],
@@ -872,7 +866,7 @@ def check_engine(bundle: Bundle, engine_path: Path) -> EngineFacts:
         raise ArtifactMismatchError(
             f"the sidecar of `{engine_path.name}` lacks a field or holds a wrong one: {err}",
             details={"file": engine_path.with_suffix(".json")},
-            hint=_REBUILD,
+            hint=REBUILD,
         ) from err
 
 
@@ -928,224 +922,3 @@ def library_problems(sidecar: Mapping[str, Any], library: plugins.PluginLibrary)
         for key, value in sidecar["plugin_library"].items()
         if library.identity.get(key) != value
     ]
-
-
-# ---- execution --------------------------------------------------------------------------------------------------
-
-
-class EngineSession:
-    """Runs an engine over a cache that stays on the GPU. **Not run on a GPU**: tested against a stand-in for CUDA.
-
-    Same interface as :class:`llama_export.runtime.session.OnnxRuntimeSession`. Every cache is one zeroed buffer, bound
-    as ``past_key_values.*`` and as ``present.*``. A call with S = N = 1 uses the decode profile, any other prefill.
-
-    Args:
-        bundle: from :func:`llama_export.bundle.load_bundle`.
-        engine_path: made from this bundle by :func:`build_engine`.
-        batch_size: B, rows, at most the engine's ``max_batch``.
-
-    Raises:
-        ArtifactMismatchError: the file is not an engine of this bundle, or was built with another plugin library.
-        ShapeError: more rows than the engine serves.
-        ToolchainError: this machine cannot run it, its plugin library is missing or lacks this GPU, or TensorRT cannot
-            load it; the reason is attached.
-    """
-
-    def __init__(self, bundle: Bundle, engine_path: Path, *, batch_size: int = 1) -> None:
-        self._buffers: dict[str, tuple[int, int]] = {}
-        """Tensor name -> (device address, bytes)."""
-        self.facts = check_engine(bundle, engine_path)
-        self.config, self.dtype, self.backend = bundle.config, bundle.dtype, self.facts.backend
-        self.capacity, self.batch_size = self.facts.max_seq_len, batch_size
-        if not 1 <= batch_size <= self.facts.max_batch:
-            raise ShapeError(
-                f"this engine does not serve {batch_size} rows",
-                details={"got": batch_size, "expected": f"1..{self.facts.max_batch}"},
-                hint="build with a larger --max-batch",
-            )
-        if (blocker := execution_blocker(self.backend)) is not None:
-            raise ToolchainError(
-                "this machine cannot run the engine",
-                details={"engine": engine_path.name, "reason": blocker},
-                hint="run it on a machine with a GPU that the backend supports; `llama-export run` uses the CPU",
-            )
-        trt, self._cuda = load_backend(self.backend), load_cuda_runtime(self.backend)
-        self._messages = message_log(trt)
-        self._runtime = trt.Runtime(self._messages)
-        if self.facts.plugin_library is not None:
-            library = plugins.find_library()
-            plugins.check_chip(library, gpu_compute_capability())
-            plugins.check_creators(plugins.register_library(trt, library), self.facts.plugin_layers, library)
-        self._engine = self._runtime.deserialize_cuda_engine(engine_path.read_bytes())
-        self._require(self._engine is not None, "load the engine")
-        self._check_engine_io(bundle)
-        self._context = self._engine.create_execution_context()
-        self._require(self._context is not None, "create an execution context")
-        self._stream = self._call("cudaStreamCreate")
-        self._cache_shape = cache_shape(self.config, batch_size, self.capacity)
-        self._cache_bytes = int(np.prod(self._cache_shape)) * (4 if self.dtype == "float32" else 2)
-        self._names = list(cache_names(self.config.num_hidden_layers))
-        for past, _ in self._names:
-            self._call("cudaMemset", self._address(past, self._cache_bytes), 0, self._cache_bytes)
-        self.past_length: NDArray[np.int64] = np.zeros(batch_size, np.int64)
-        """[B], valid tokens in each row of the cache."""
-
-    def reset(self) -> None:
-        """Forgets all tokens. Old entries stay in the buffers, finite and never seen."""
-        self.past_length[:] = 0
-
-    def step(
-        self,
-        input_ids: Any,
-        *,
-        sequence_length: Any = None,
-        logits_index: Any = None,
-    ) -> NDArray[np.float32]:
-        """Appends tokens to the cache: a prefill, a chunk of one, or a decode step.
-
-        Args:
-            input_ids: [B, S], right-padded; ids within the vocabulary are the caller's duty.
-            sequence_length: [B], valid tokens per row, 1..S; default S.
-            logits_index: [B, N], positions 0..S-1 that get logits; default the last valid one (N = 1).
-
-        Returns:
-            logits [B, N, V], float32.
-
-        Raises:
-            ShapeError: another batch, more positions than the profile has, or more tokens than the cache can hold.
-            ToolchainError: CUDA or TensorRT failed.
-        """
-        ids: NDArray[np.int64] = np.ascontiguousarray(input_ids, np.int64)
-        new_tokens = ids.shape[-1]
-        lengths = np.full(self.batch_size, new_tokens) if sequence_length is None else np.asarray(sequence_length)
-        index = lengths[:, None] - 1 if logits_index is None else np.asarray(logits_index)
-        self._check_request(ids, index)
-        feeds = {"input_ids": ids, "past_length": self.past_length, "sequence_length": lengths, "logits_index": index}
-
-        profile = DECODE if new_tokens == 1 and index.shape[1] == 1 else PREFILL
-        selected = self._context.set_optimization_profile_async((PREFILL, DECODE).index(profile), int(self._stream))
-        self._require(selected, f"select the {profile} profile")
-        for name, values in feeds.items():
-            host = np.ascontiguousarray(values, np.int64)
-            address = self._address(name, host.nbytes)
-            # Waits for the copy, so the host array may go.
-            self._call(
-                "cudaMemcpy", address, host.ctypes.data, host.nbytes, self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-            )
-            self._bind_input(name, host.shape, address)
-        for past, present in self._names:
-            address = self._address(past, self._cache_bytes)
-            self._bind_input(past, self._cache_shape, address)
-            self._require(self._context.set_tensor_address(present, address), f"bind `{present}`")
-        logits = np.empty((*index.shape, self.config.vocab_size), np.float32)
-        address = self._address("logits", logits.nbytes)
-        self._require(self._context.set_tensor_address("logits", address), "bind `logits`")
-        self._require(self._context.execute_async_v3(int(self._stream)), f"run the {profile} profile")
-        self._call("cudaStreamSynchronize", self._stream)
-        self._call(
-            "cudaMemcpy", logits.ctypes.data, address, logits.nbytes, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        )
-        self.past_length += lengths
-        return logits
-
-    def cache_array(self, name: str) -> NDArray[np.float32]:
-        """A copy of one cache tensor [B, G, C, D] on the host, widened to float32 (exactly)."""
-        kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-        host = np.empty(self._cache_shape, kinds[self.dtype])
-        address = self._address(name, self._cache_bytes)
-        self._call(
-            "cudaMemcpy", host.ctypes.data, address, host.nbytes, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        )
-        if self.dtype == "bfloat16":  # the upper half of a float32
-            return (host.astype(np.uint32) << 16).view(np.float32)
-        return host.astype(np.float32)
-
-    def close(self) -> None:
-        """Frees the GPU memory of cache and inputs; the engine's own goes with the object."""
-        for address, _ in self._buffers.values():
-            self._cuda.cudaFree(address)
-        self._buffers.clear()
-
-    def __del__(self) -> None:
-        self.close()
-
-    def _check_request(self, ids: NDArray[np.int64], index: NDArray[Any]) -> None:
-        if ids.ndim != 2 or ids.shape[0] != self.batch_size or ids.shape[1] < 1:
-            raise ShapeError(
-                "input_ids has the wrong shape",
-                details={"got": list(ids.shape), "expected": f"[{self.batch_size}, S >= 1]"},
-                hint="one row of token ids per row of the batch; pad shorter rows on the right",
-            )
-        if (
-            index.ndim != 2
-            or index.shape[0] != self.batch_size
-            or not 1 <= index.shape[1] <= min(MAX_LOGITS, self.capacity)
-        ):
-            raise ShapeError(
-                "logits_index has the wrong shape",
-                details={
-                    "got": list(index.shape),
-                    "expected": f"[{self.batch_size}, 1..{min(MAX_LOGITS, self.capacity)}]",
-                },
-                hint="ask for the logits of a long prompt in chunks",
-            )
-        needed = int(self.past_length.max()) + ids.shape[1]
-        if needed > self.capacity:
-            raise ShapeError(
-                f"the cache holds {self.capacity} tokens, the request needs {needed}",
-                details={
-                    "past_length": self.past_length.tolist(),
-                    "new tokens": ids.shape[1],
-                    "kv_cache_capacity": self.capacity,
-                },
-                hint="build with a larger --max-seq-len, or shorten the prompt",
-            )
-
-    def _check_engine_io(self, bundle: Bundle) -> None:
-        """The loaded engine's own word on what the plan's bytes could only suggest."""
-        names = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
-        expected = {entry["name"]: entry["alias_of"] for entry in engine_io(bundle, self.capacity)}
-        problems = [f"tensors {sorted(names ^ set(expected))}"] if names != set(expected) else []
-        for name, past in expected.items():
-            if past is not None and name in names and self._engine.get_aliased_input_tensor(name) != past:
-                problems.append(f"`{name}` does not alias `{past}`")
-        if problems:
-            raise ArtifactMismatchError(
-                "the loaded engine is not what its sidecar says",
-                details=_numbered("difference", problems),
-                hint=_REBUILD,
-            )
-
-    def _bind_input(self, name: str, shape: tuple[int, ...], address: int) -> None:
-        self._require(self._context.set_input_shape(name, shape), f"give `{name}` the shape {list(shape)}")
-        self._require(self._context.set_tensor_address(name, address), f"bind `{name}`")
-
-    def _address(self, name: str, nbytes: int) -> int:
-        """Device memory of at least ``nbytes`` for a tensor, kept from call to call."""
-        address, size = self._buffers.get(name, (0, 0))
-        if size < nbytes:
-            if size:
-                self._call("cudaFree", address)
-                del self._buffers[name]
-            address = int(self._call("cudaMalloc", nbytes))
-            self._buffers[name] = (address, nbytes)
-        return address
-
-    def _call(self, function: str, *arguments: Any) -> Any:
-        """A function of the CUDA runtime; its one result, if any."""
-        status, *results = getattr(self._cuda, function)(*arguments)
-        if int(status) != 0:
-            raise ToolchainError(
-                f"{function} failed: CUDA error {int(status)}",
-                details={"reason": status},
-                hint="see that the GPU is free and has enough memory: nvidia-smi",
-            )
-        return results[0] if results else None
-
-    def _require(self, ok: bool, what: str) -> None:
-        if not ok:
-            raise ToolchainError(
-                f"TensorRT could not {what}",
-                details=_numbered("message", self._messages.lines()),
-                hint="see the messages above, and `llama-export env` for the versions",
-            )

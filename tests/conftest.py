@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from random_llama import write_random_checkpoint
 
 from llama_export.bundle import Bundle, load_bundle
-from llama_export.config import ExportConfig
+from llama_export.config import EngineConfig, ExportConfig
+from llama_export.engine import build_engine
 from llama_export.export import export_checkpoint
 
 # Awkward on purpose: G < H, H * D != hidden, nothing a power of two but D, vocabulary odd.
@@ -24,6 +26,9 @@ TINY: dict[str, Any] = {
     "intermediate_size": 100, "vocab_size": 97, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+
+NATIVE = EngineConfig(ops="native", max_seq_len=53, max_batch=3)
+"""Engines with plugin layers: tests/plugins/test_engine_plugins.py."""
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -55,6 +60,18 @@ def tiny_bundles(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
     for dtype in ("float32", "float16", "bfloat16"):
         export_checkpoint(tiny_checkpoint, folder / dtype, ExportConfig(dtype=dtype))
     return {dtype: load_bundle(folder / dtype) for dtype in ("float32", "float16", "bfloat16")}
+
+
+@pytest.fixture(scope="session")
+def built(tiny_bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Bundle, Path]]:
+    """dtype -> a copy of the bundle with one engine in it, not to be modified."""
+    made = {}
+    for dtype, bundle in tiny_bundles.items():
+        folder = tmp_path_factory.mktemp("built") / dtype
+        shutil.copytree(bundle.folder, folder)
+        copy = load_bundle(folder)
+        made[dtype] = (copy, Path(build_engine(copy, NATIVE).engine))
+    return made
 
 
 def edit_json(path: Path, **changes: Any) -> None:

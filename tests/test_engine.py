@@ -5,7 +5,6 @@ Nothing here runs an engine: that needs a GPU. What an engine holds is read from
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import json
@@ -15,18 +14,18 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
+from conftest import NATIVE
+from gpu_stand_ins import FakeDriver
 from onnx import helper
 
 from llama_export import _tensorrt, engine
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.config import DTYPES, EngineConfig
-from llama_export.engine import EngineSession, build_engine, check_engine, execution_blocker, inspect_engine
+from llama_export.engine import build_engine, check_engine, inspect_engine
 from llama_export.errors import (
     ArtifactMismatchError,
     ConfigError,
@@ -36,25 +35,11 @@ from llama_export.errors import (
     ShapeError,
     ToolchainError,
 )
-from llama_export.runtime.session import OnnxRuntimeSession
 
 trt = pytest.importorskip("tensorrt_rtx_bindings")
 
 LAYERS, CAPACITY, POSITIONS = 2, 53, 128
-SMALL = EngineConfig(ops="native", max_seq_len=CAPACITY, max_batch=3)
-"""Engines with plugin layers: tests/plugins/test_engine_plugins.py."""
-
-
-@pytest.fixture(scope="session")
-def built(tiny_bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Bundle, Path]]:
-    """dtype -> a copy of the bundle with one engine in it, not to be modified."""
-    made = {}
-    for dtype, bundle in tiny_bundles.items():
-        folder = tmp_path_factory.mktemp("built") / dtype
-        shutil.copytree(bundle.folder, folder)
-        copy = load_bundle(folder)
-        made[dtype] = (copy, Path(build_engine(copy, SMALL).engine))
-    return made
+SMALL = NATIVE
 
 
 @pytest.fixture
@@ -451,205 +436,6 @@ def test_a_missing_sidecar_is_named(own_engine: tuple[Bundle, Path]) -> None:
     path.with_suffix(".json").unlink()
     with pytest.raises(ArtifactMismatchError, match="is missing"):
         check_engine(bundle, path)
-
-
-# ---- execution --------------------------------------------------------------------------------------------------
-
-
-class FakeDriver:
-    """libcuda with one GPU of a given compute capability, or an error code from ``cuInit``."""
-
-    def __init__(self, major: int = 0, minor: int = 0, error: int = 0) -> None:
-        self.values = {75: major, 76: minor}
-        self.error = error
-
-    def cuInit(self, flags: int) -> int:  # noqa: N802
-        return self.error
-
-    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
-        count._obj.value = 1
-        return 0
-
-    def cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
-        return 0
-
-    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: N802
-        value._obj.value = self.values[attribute]
-        return 0
-
-
-@pytest.mark.parametrize(
-    ("driver", "backend", "reason"),
-    [
-        (None, "tensorrt-rtx", "no NVIDIA driver"),
-        (FakeDriver(error=100), "tensorrt-rtx", "CUDA error 100"),
-        (FakeDriver(9, 0), "tensorrt-rtx", "compute capability 9.0"),
-        (FakeDriver(8, 9), "tensorrt-rtx", None),
-        (FakeDriver(12, 0), "tensorrt-rtx", None),
-        (FakeDriver(9, 0), "tensorrt", "`tensorrt` is not installed"),
-    ],
-    ids=["no-driver", "no-gpu", "h100", "ada", "blackwell", "no-package"],
-)
-def test_execution_blocker_says_why(
-    monkeypatch: pytest.MonkeyPatch, driver: FakeDriver | None, backend: str, reason: str | None
-) -> None:
-    present = {"tensorrt_rtx_bindings", "cuda"}
-    monkeypatch.setattr(_tensorrt, "_load_driver", lambda: driver)
-    monkeypatch.setattr(_tensorrt.importlib.util, "find_spec", lambda name: name if name in present else None)
-    blocker = execution_blocker(backend)
-    assert (blocker is None) if reason is None else (reason in str(blocker))
-
-
-class FakeCuda:
-    """The CUDA runtime over host memory."""
-
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
-
-    def __init__(self) -> None:
-        self.memory: dict[int, Any] = {}
-
-    def cudaMalloc(self, nbytes: int) -> tuple[int, int]:  # noqa: N802
-        buffer = (ctypes.c_ubyte * nbytes)(*([0xFF] * min(nbytes, 1 << 16)))  # NaN, so that a missing memset shows
-        self.memory[ctypes.addressof(buffer)] = buffer
-        return 0, ctypes.addressof(buffer)
-
-    def cudaFree(self, address: int) -> tuple[int]:  # noqa: N802
-        del self.memory[address]
-        return (0,)
-
-    def cudaMemset(self, address: int, value: int, nbytes: int) -> tuple[int]:  # noqa: N802
-        ctypes.memset(address, value, nbytes)
-        return (0,)
-
-    def cudaMemcpy(self, target: int, source: int, nbytes: int, kind: int) -> tuple[int]:  # noqa: N802
-        ctypes.memmove(target, source, nbytes)
-        return (0,)
-
-    def cudaStreamCreate(self) -> tuple[int, int]:  # noqa: N802
-        return 0, 7
-
-    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:  # noqa: N802
-        return (0,)
-
-
-class FakeEngine:
-    """Engine and execution context in one: computes with onnxruntime on what it is bound to, within its profiles."""
-
-    def __init__(self, bundle: Bundle, sidecar: dict[str, Any]) -> None:
-        import onnxruntime
-
-        self.session = onnxruntime.InferenceSession(str(bundle.model_path), providers=["CPUExecutionProvider"])
-        self.io, self.profiles = sidecar["io"], list(sidecar["profiles"].values())
-        self.num_io_tensors = len(self.io)
-        self.used_profiles: list[int] = []
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.addresses: dict[str, int] = {}
-
-    def get_tensor_name(self, index: int) -> str:
-        return str(self.io[index]["name"])
-
-    def get_aliased_input_tensor(self, name: str) -> str | None:
-        return next((entry["alias_of"] for entry in self.io if entry["name"] == name), None)
-
-    def create_execution_context(self) -> FakeEngine:
-        return self
-
-    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        self.used_profiles.append(index)
-        self.shapes.clear()
-        self.addresses.clear()
-        return stream == 7
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        smallest, _, largest = self.profiles[self.used_profiles[-1]][name]
-        self.shapes[name] = tuple(shape)
-        return all(low <= dim <= high for low, dim, high in zip(smallest, shape, largest, strict=True))
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self.addresses[name] = address
-        return True
-
-    def array(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
-        pointer = ctypes.cast(self.addresses[name], ctypes.POINTER(ctypes.c_ubyte))
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return np.ctypeslib.as_array(pointer, (nbytes,)).view(dtype).reshape(shape)
-
-    def execute_async_v3(self, stream: int) -> bool:
-        inputs = [entry for entry in self.io if entry["kind"] == "input"]
-        feeds = {e["name"]: self.array(e["name"], self.shapes[e["name"]], e["dtype"]).copy() for e in inputs}
-        outputs = [entry for entry in self.io if entry["kind"] == "output"]
-        for entry, value in zip(outputs, self.session.run([e["name"] for e in outputs], feeds), strict=True):
-            if entry["alias_of"] is not None and self.addresses[entry["name"]] != self.addresses[entry["alias_of"]]:
-                return False
-            self.array(entry["name"], value.shape, entry["dtype"])[...] = value
-        return True
-
-
-@pytest.fixture
-def fake_gpu(built: dict[str, tuple[Bundle, Path]], monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    """Replaces TensorRT, CUDA and the GPU by stand-ins on the host."""
-    bundle, path = built["float32"]
-    fake = FakeEngine(bundle, inspect_engine(path))
-    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: fake if data == path.read_bytes() else None)
-    module = SimpleNamespace(ILogger=trt.ILogger, Runtime=lambda log: runtime)
-    monkeypatch.setattr(engine, "load_backend", lambda backend: module)
-    monkeypatch.setattr(engine, "load_cuda_runtime", lambda backend: FakeCuda())
-    monkeypatch.setattr(engine, "execution_blocker", lambda backend: None)
-    return fake
-
-
-def test_session_prefills_and_decodes_in_place(built: dict[str, tuple[Bundle, Path]], fake_gpu: FakeEngine) -> None:
-    bundle, path = built["float32"]
-    session = EngineSession(bundle, path, batch_size=2)
-    want = OnnxRuntimeSession(bundle, max_seq_len=CAPACITY, batch_size=2)
-    tokens = np.random.default_rng(0).integers(0, bundle.config.vocab_size, (2, 16))
-    steps: list[tuple[Any, dict[str, Any]]] = [
-        (tokens[:, :7], {"sequence_length": [7, 4], "logits_index": [[0, 3, 6], [0, 1, 3]]}),
-        (tokens[:, 7:8], {}),
-        (tokens[:, 8:11], {}),
-        (tokens[:, 11:12], {}),
-    ]
-    for ids, arguments in steps:
-        np.testing.assert_allclose(session.step(ids, **arguments), want.step(ids, **arguments), atol=1e-5)
-    np.testing.assert_array_equal(session.past_length, want.past_length)
-    assert fake_gpu.used_profiles == [0, 1, 0, 1]
-    cache = session.cache_array("past_key_values.1.value")
-    assert cache.shape == (2, 2, CAPACITY, 16)
-    assert np.abs(cache[0, :, :12]).min() > 0
-    assert not cache[0, :, 12:].any(), "the rest of the cache is still zero"
-    session.reset()
-    assert session.past_length.tolist() == [0, 0]
-    memory = session._cuda.memory
-    session.close()
-    assert not memory
-
-
-def test_session_refuses_what_does_not_fit(built: dict[str, tuple[Bundle, Path]], fake_gpu: FakeEngine) -> None:
-    bundle, path = built["float32"]
-    with pytest.raises(ShapeError, match="does not serve 4 rows"):
-        EngineSession(bundle, path, batch_size=4)
-    session = EngineSession(bundle, path)
-    with pytest.raises(ShapeError, match=f"the cache holds {CAPACITY} tokens, the request needs {CAPACITY + 1}"):
-        session.step(np.zeros((1, CAPACITY + 1), np.int64))
-    with pytest.raises(ShapeError, match="input_ids"):
-        session.step(np.zeros((2, 3), np.int64))
-    with pytest.raises(ShapeError, match="logits_index"):
-        session.step(np.zeros((1, 3), np.int64), logits_index=np.zeros((1, CAPACITY + 1), np.int64))
-
-
-def test_session_refuses_an_engine_that_copies_its_cache(
-    built: dict[str, tuple[Bundle, Path]], fake_gpu: FakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fake_gpu, "get_aliased_input_tensor", lambda name: None)
-    with pytest.raises(ArtifactMismatchError, match="does not alias"):
-        EngineSession(*built["float32"])
-
-
-def test_session_without_a_gpu_says_why(built: dict[str, tuple[Bundle, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tensorrt, "_load_driver", lambda: None)
-    with pytest.raises(ToolchainError, match="cannot run the engine") as caught:
-        EngineSession(*built["float32"])
-    assert "no NVIDIA driver" in str(caught.value)
 
 
 def test_proto_for_tensorrt_leaves_the_file_alone(bundle: Bundle) -> None:

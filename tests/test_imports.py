@@ -32,6 +32,7 @@ ORDER = (
     ("_plan", "_tensorrt"),
     ("plugins",),
     ("engine",),
+    ("engine_session",),
     ("parity",),
     ("cli",),
     ("__main__",),

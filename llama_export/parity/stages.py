@@ -24,10 +24,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from llama_export._tensorrt import execution_blocker
 from llama_export.bundle import Bundle, sha256_of_file
 from llama_export.checkpoint import Checkpoint, load_checkpoint
-from llama_export.engine import EngineSession, check_engine
+from llama_export.engine import check_engine
+from llama_export.engine_session import EngineSession, execution_blocker
 from llama_export.environment import environment
 from llama_export.errors import ConfigError, LlamaExportError, MissingDependencyError
 from llama_export.kv_cache import cache_names

@@ -23,7 +23,7 @@ pytest.importorskip(
 )
 import llama_export_plugins
 
-from llama_export import engine, plugins
+from llama_export import engine_session, plugins
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.config import CUSTOM_OPS, EngineConfig, ExportConfig
 from llama_export.engine import build_engine, check_engine, inspect_engine, installed_plugins
@@ -346,11 +346,11 @@ def test_an_engine_is_not_loaded_with_another_library(
     copied: tuple[Bundle, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy, path = copied
-    monkeypatch.setattr(engine, "execution_blocker", lambda backend: None)
-    monkeypatch.setattr(engine, "gpu_compute_capability", lambda: "8.9")
+    monkeypatch.setattr(engine_session, "execution_blocker", lambda backend: None)
+    monkeypatch.setattr(engine_session, "gpu_compute_capability", lambda: "8.9")
     found = plugins.find_library()
     monkeypatch.setattr(plugins, "find_library", lambda: replace(found, sha256="0" * 64, abi=9))
     with pytest.raises(LlamaExportError) as caught:
-        engine.EngineSession(copy, path)
+        engine_session.EngineSession(copy, path)
     assert "plugin library" in str(caught.value)
     assert caught.value.hint

@@ -1,0 +1,382 @@
+"""TensorRT engine -> numbers: sessions over an engine's device memory. **Not run on a GPU**; tested against a stand-in.
+
+Role: the same interfaces as :mod:`llama_export.runtime.session`, over a file of :mod:`llama_export.engine`. Both sessions
+check the engine against its bundle before TensorRT sees it, and again by TensorRT's own word once it is loaded.
+
+Shapes: B batch, S new tokens, N wanted positions, C kv_cache_capacity, G key/value heads, D head_dim, V vocabulary.
+
+Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_export import plugins
+from llama_export._tensorrt import (
+    execution_blocker,
+    gpu_compute_capability,
+    load_backend,
+    load_cuda_runtime,
+    message_log,
+)
+from llama_export.bundle import Bundle
+from llama_export.engine import (
+    DECODE,
+    MAX_LOGITS,
+    PREFILL,
+    REBUILD,
+    TEXTS,
+    check_engine,
+    engine_io,
+    engine_profiles,
+    numbered,
+)
+from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError, ToolchainError
+from llama_export.graph_io import INTERFACES
+from llama_export.kv_cache import cache_names, cache_shape
+from llama_export.runtime.session import Float32Array, Int64Array, check_texts
+
+__all__ = ["EngineHeadSession", "EngineSession", "execution_blocker"]
+
+
+class LoadedEngine:
+    """An engine that TensorRT has loaded, one execution context and stream, and its tensors' device memory.
+
+    Args:
+        bundle: from :func:`llama_export.bundle.load_bundle`.
+        engine_path: made from this bundle by :func:`llama_export.engine.build_engine`.
+        batch_size: B, most rows of a run.
+
+    Raises:
+        ShapeError: more rows than the engine serves.
+        ArtifactMismatchError: the file is not an engine of this bundle, or was built with another plugin library.
+        ToolchainError: this machine cannot run it, its plugin library is missing or lacks this GPU, or TensorRT cannot
+            load it; the reason is attached.
+    """
+
+    def __init__(self, bundle: Bundle, engine_path: Path, *, batch_size: int = 1) -> None:
+        self._buffers: dict[str, tuple[int, int]] = {}
+        """Tensor name -> (device address, bytes)."""
+        self.facts = check_engine(bundle, engine_path)
+        _check_rows(batch_size, self.facts.max_batch)
+        if (blocker := execution_blocker(self.facts.backend)) is not None:
+            raise ToolchainError(
+                "this machine cannot run the engine",
+                details={"engine": engine_path.name, "reason": blocker},
+                hint="run it on a machine with a GPU that the backend supports; `llama-export run` uses the CPU",
+            )
+        trt, self._cuda = load_backend(self.facts.backend), load_cuda_runtime(self.facts.backend)
+        self._messages = message_log(trt)
+        self._runtime = trt.Runtime(self._messages)
+        if self.facts.plugin_library is not None:
+            library = plugins.find_library()
+            plugins.check_chip(library, gpu_compute_capability())
+            plugins.check_creators(plugins.register_library(trt, library), self.facts.plugin_layers, library)
+        self._engine = self._runtime.deserialize_cuda_engine(engine_path.read_bytes())
+        self.require(self._engine is not None, "load the engine")
+        self._check_io(bundle)
+        self._profiles = list(engine_profiles(bundle, self.facts.max_seq_len, self.facts.max_batch))
+        self._context = self._engine.create_execution_context()
+        self.require(self._context is not None, "create an execution context")
+        self._stream = self.call("cudaStreamCreate")
+
+    def select_profile(self, name: str) -> None:
+        """Chooses the optimization profile of the next run; all tensors must be bound again."""
+        selected = self._context.set_optimization_profile_async(self._profiles.index(name), int(self._stream))
+        self.require(selected, f"select the {name} profile")
+
+    def feed(self, name: str, values: NDArray[Any]) -> None:
+        """Copies an int64 input to the device and binds it."""
+        host = np.ascontiguousarray(values, np.int64)
+        address = self.address(name, host.nbytes)
+        # Waits for the copy, so the host array may go.
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpy", address, host.ctypes.data, host.nbytes, kind)
+        self.bind_input(name, host.shape, address)
+
+    def bind_input(self, name: str, shape: tuple[int, ...], address: int) -> None:
+        """Gives an input its shape and its device memory."""
+        self.require(self._context.set_input_shape(name, shape), f"give `{name}` the shape {list(shape)}")
+        self.bind(name, address)
+
+    def bind(self, name: str, address: int) -> None:
+        """Gives a tensor its device memory."""
+        self.require(self._context.set_tensor_address(name, address), f"bind `{name}`")
+
+    def run(self, outputs: dict[str, tuple[int, ...]]) -> dict[str, Float32Array]:
+        """Runs what is bound, waits, and copies the named float32 outputs of these shapes to the host."""
+        found = {name: np.empty(shape, np.float32) for name, shape in outputs.items()}
+        for name, host in found.items():
+            self.bind(name, self.address(name, host.nbytes))
+        self.require(self._context.execute_async_v3(int(self._stream)), "run the engine")
+        self.call("cudaStreamSynchronize", self._stream)
+        for name, host in found.items():
+            self.read(name, host)
+        return found
+
+    def read(self, name: str, host: NDArray[Any]) -> None:
+        """Copies a tensor's device memory into a host array of its size."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpy", host.ctypes.data, self.address(name, host.nbytes), host.nbytes, kind)
+
+    def address(self, name: str, nbytes: int) -> int:
+        """Device memory of at least ``nbytes`` for a tensor, kept from call to call."""
+        address, size = self._buffers.get(name, (0, 0))
+        if size < nbytes:
+            if size:
+                self.call("cudaFree", address)
+                del self._buffers[name]
+            address = int(self.call("cudaMalloc", nbytes))
+            self._buffers[name] = (address, nbytes)
+        return address
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """A function of the CUDA runtime; its one result, if any."""
+        status, *results = getattr(self._cuda, function)(*arguments)
+        if int(status) != 0:
+            raise ToolchainError(
+                f"{function} failed: CUDA error {int(status)}",
+                details={"reason": status},
+                hint="see that the GPU is free and has enough memory: nvidia-smi",
+            )
+        return results[0] if results else None
+
+    def require(self, ok: bool, what: str) -> None:
+        """Turns TensorRT's refusal into an error with its messages."""
+        if not ok:
+            raise ToolchainError(
+                f"TensorRT could not {what}",
+                details=numbered("message", self._messages.lines()),
+                hint="see the messages above, and `llama-export env` for the versions",
+            )
+
+    def close(self) -> None:
+        """Frees the GPU memory of cache and inputs; the engine's own goes with the object."""
+        for address, _ in self._buffers.values():
+            self._cuda.cudaFree(address)
+        self._buffers.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _check_io(self, bundle: Bundle) -> None:
+        """The loaded engine's own word on what the plan's bytes could only suggest."""
+        names = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
+        expected = {entry["name"]: entry["alias_of"] for entry in engine_io(bundle, self.facts.max_seq_len)}
+        problems = [f"tensors {sorted(names ^ set(expected))}"] if names != set(expected) else []
+        for name, past in expected.items():
+            if past is not None and name in names and self._engine.get_aliased_input_tensor(name) != past:
+                problems.append(f"`{name}` does not alias `{past}`")
+        if problems:
+            raise ArtifactMismatchError(
+                "the loaded engine is not what its sidecar says",
+                details=numbered("difference", problems),
+                hint=REBUILD,
+            )
+
+
+class EngineSession:
+    """Runs an engine of the causal LM over a cache that stays on the GPU.
+
+    Same interface as :class:`llama_export.runtime.session.OnnxRuntimeSession`. Every cache is one zeroed buffer, bound
+    as ``past_key_values.*`` and as ``present.*``. A call with S = N = 1 uses the decode profile, any other prefill.
+
+    Args:
+        bundle: from :func:`llama_export.bundle.load_bundle`.
+        engine_path: made from this bundle by :func:`llama_export.engine.build_engine`.
+        batch_size: B, rows, at most the engine's ``max_batch``.
+
+    Raises:
+        ConfigError: a task without a cache.
+        ShapeError, ArtifactMismatchError, ToolchainError: see :class:`LoadedEngine`.
+    """
+
+    def __init__(self, bundle: Bundle, engine_path: Path, *, batch_size: int = 1) -> None:
+        _require_cache(bundle, True)
+        self._loaded = LoadedEngine(bundle, engine_path, batch_size=batch_size)
+        self.facts = self._loaded.facts
+        self.config, self.dtype, self.backend = bundle.config, bundle.dtype, self.facts.backend
+        self.capacity, self.batch_size = self.facts.max_seq_len, batch_size
+        self._cache_shape = cache_shape(self.config, batch_size, self.capacity)
+        self._cache_bytes = int(np.prod(self._cache_shape)) * (4 if self.dtype == "float32" else 2)
+        self._names = list(cache_names(self.config.num_hidden_layers))
+        for past, _ in self._names:
+            self._loaded.call("cudaMemset", self._loaded.address(past, self._cache_bytes), 0, self._cache_bytes)
+        self.past_length: Int64Array = np.zeros(batch_size, np.int64)
+        """[B], valid tokens in each row of the cache."""
+
+    def reset(self) -> None:
+        """Forgets all tokens. Old entries stay in the buffers, finite and never seen."""
+        self.past_length[:] = 0
+
+    def step(
+        self,
+        input_ids: Any,
+        *,
+        sequence_length: Any = None,
+        logits_index: Any = None,
+    ) -> Float32Array:
+        """Appends tokens to the cache: a prefill, a chunk of one, or a decode step.
+
+        Args:
+            input_ids: [B, S], right-padded; ids within the vocabulary are the caller's duty.
+            sequence_length: [B], valid tokens per row, 1..S; default S.
+            logits_index: [B, N], positions 0..S-1 that get logits; default the last valid one (N = 1).
+
+        Returns:
+            logits [B, N, V], float32.
+
+        Raises:
+            ShapeError: another batch, more positions than the profile has, or more tokens than the cache can hold.
+            ToolchainError: CUDA or TensorRT failed.
+        """
+        ids: Int64Array = np.ascontiguousarray(input_ids, np.int64)
+        new_tokens = ids.shape[-1]
+        lengths = np.full(self.batch_size, new_tokens) if sequence_length is None else np.asarray(sequence_length)
+        index = lengths[:, None] - 1 if logits_index is None else np.asarray(logits_index)
+        self._check_request(ids, index)
+        self._loaded.select_profile(DECODE if new_tokens == 1 and index.shape[1] == 1 else PREFILL)
+        feeds = {"input_ids": ids, "past_length": self.past_length, "sequence_length": lengths, "logits_index": index}
+        for name, values in feeds.items():
+            self._loaded.feed(name, values)
+        for past, present in self._names:
+            address = self._loaded.address(past, self._cache_bytes)
+            self._loaded.bind_input(past, self._cache_shape, address)
+            self._loaded.bind(present, address)
+        logits = self._loaded.run({"logits": (*index.shape, self.config.vocab_size)})["logits"]
+        self.past_length += lengths
+        return logits
+
+    def cache_array(self, name: str) -> Float32Array:
+        """A copy of one cache tensor [B, G, C, D] on the host, widened to float32 (exactly)."""
+        kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+        host = np.empty(self._cache_shape, kinds[self.dtype])
+        self._loaded.read(name, host)
+        if self.dtype == "bfloat16":  # the upper half of a float32
+            return (host.astype(np.uint32) << 16).view(np.float32)
+        return host.astype(np.float32)
+
+    def close(self) -> None:
+        """Frees the GPU memory of cache and inputs; the engine's own goes with the object."""
+        self._loaded.close()
+
+    def _check_request(self, ids: Int64Array, index: NDArray[Any]) -> None:
+        if ids.ndim != 2 or ids.shape[0] != self.batch_size or ids.shape[1] < 1:
+            raise ShapeError(
+                "input_ids has the wrong shape",
+                details={"got": list(ids.shape), "expected": f"[{self.batch_size}, S >= 1]"},
+                hint="one row of token ids per row of the batch; pad shorter rows on the right",
+            )
+        most = min(MAX_LOGITS, self.capacity)
+        if index.ndim != 2 or index.shape[0] != self.batch_size or not 1 <= index.shape[1] <= most:
+            raise ShapeError(
+                "logits_index has the wrong shape",
+                details={"got": list(index.shape), "expected": f"[{self.batch_size}, 1..{most}]"},
+                hint="ask for the logits of a long prompt in chunks",
+            )
+        needed = int(self.past_length.max()) + ids.shape[1]
+        if needed > self.capacity:
+            raise ShapeError(
+                f"the cache holds {self.capacity} tokens, the request needs {needed}",
+                details={
+                    "past_length": self.past_length.tolist(),
+                    "new tokens": ids.shape[1],
+                    "kv_cache_capacity": self.capacity,
+                },
+                hint="build with a larger --max-seq-len, or shorten the prompt",
+            )
+
+
+class EngineHeadSession:
+    """Runs an engine of a head without a cache: classification, question answering, features.
+
+    Same interface as :class:`llama_export.runtime.session.OnnxRuntimeHeadSession`, for texts no longer and batches no
+    larger than the engine was built for.
+
+    Args:
+        bundle: from :func:`llama_export.bundle.load_bundle`.
+        engine_path: made from this bundle by :func:`llama_export.engine.build_engine`.
+
+    Raises:
+        ConfigError: a causal LM.
+        ArtifactMismatchError, ToolchainError: see :class:`LoadedEngine`.
+    """
+
+    def __init__(self, bundle: Bundle, engine_path: Path) -> None:
+        _require_cache(bundle, False)
+        self._loaded = LoadedEngine(bundle, engine_path)
+        self.facts = self._loaded.facts
+        self.config, self.task, self.dtype, self.backend = bundle.config, bundle.task, bundle.dtype, self.facts.backend
+        self.max_seq_len = self.facts.max_seq_len
+        self._output_shapes = {e["name"]: e["shape"] for e in bundle.manifest["io"] if e["kind"] == "output"}
+
+    def run(
+        self,
+        input_ids: Sequence[Sequence[int]] | Int64Array,
+        attention_mask: Sequence[Sequence[int]] | Int64Array | None = None,
+    ) -> dict[str, Float32Array]:
+        """One padded batch.
+
+        Args:
+            input_ids: [B, S], padded on either side.
+            attention_mask: [B, S], 0 where there is padding; default: no padding.
+
+        Returns:
+            Output name -> float32 tensor; names and shapes are in :mod:`llama_export.export`.
+
+        Raises:
+            ShapeError: see :meth:`llama_export.runtime.session.OnnxRuntimeHeadSession.run`; more texts or longer ones
+                than the engine serves.
+            ToolchainError: CUDA or TensorRT failed.
+        """
+        ids: Int64Array = np.ascontiguousarray(input_ids, np.int64)
+        mask: Int64Array = (
+            np.ones_like(ids) if attention_mask is None else np.ascontiguousarray(attention_mask, np.int64)
+        )
+        check_texts(ids, mask, self.config, self.task)
+        _check_rows(ids.shape[0], self.facts.max_batch)
+        if ids.shape[1] > self.max_seq_len:
+            raise ShapeError(
+                f"the text has {ids.shape[1]} tokens, the engine serves {self.max_seq_len}",
+                details={"got": ids.shape[1], "expected": f"at most {self.max_seq_len}"},
+                hint="build with a larger --max-seq-len, or shorten the text",
+            )
+        self._loaded.select_profile(TEXTS)
+        self._loaded.feed("input_ids", ids)
+        self._loaded.feed("attention_mask", mask)
+        sizes = {"batch_size": ids.shape[0], "num_tokens": ids.shape[1]}
+        return self._loaded.run(
+            {name: tuple(sizes.get(dim, dim) for dim in shape) for name, shape in self._output_shapes.items()}
+        )
+
+    def close(self) -> None:
+        """Frees the GPU memory of inputs and outputs; the engine's own goes with the object."""
+        self._loaded.close()
+
+
+def _require_cache(bundle: Bundle, wanted: bool) -> None:
+    if INTERFACES[bundle.task].has_cache != wanted:
+        raise ConfigError(
+            f"this bundle has {'no' if wanted else 'a'} KV cache: its task is {bundle.task}",
+            details={
+                "bundle": bundle.folder,
+                "got": bundle.task,
+                "expected": "causal-lm" if wanted else "a task without a cache",
+            },
+            hint=f"use {'EngineHeadSession' if wanted else 'EngineSession'}",
+        )
+
+
+def _check_rows(rows: int, most: int) -> None:
+    if not 1 <= rows <= most:
+        raise ShapeError(
+            f"this engine does not serve {rows} rows",
+            details={"got": rows, "expected": f"1..{most}"},
+            hint="build with a larger --max-batch",
+        )

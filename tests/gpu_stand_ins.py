@@ -1,0 +1,118 @@
+"""Stand-ins on the host for what a session needs of a GPU: the driver, the CUDA runtime, an engine TensorRT has loaded."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from llama_export.bundle import Bundle
+
+
+class FakeDriver:
+    """libcuda with one GPU of a given compute capability, or an error code from ``cuInit``."""
+
+    def __init__(self, major: int = 0, minor: int = 0, error: int = 0) -> None:
+        self.values = {75: major, 76: minor}
+        self.error = error
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return self.error
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = 1
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: N802
+        value._obj.value = self.values[attribute]
+        return 0
+
+
+class FakeCuda:
+    """The CUDA runtime over host memory."""
+
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
+
+    def __init__(self) -> None:
+        self.memory: dict[int, Any] = {}
+
+    def cudaMalloc(self, nbytes: int) -> tuple[int, int]:  # noqa: N802
+        buffer = (ctypes.c_ubyte * nbytes)(*([0xFF] * min(nbytes, 1 << 16)))  # NaN, so that a missing memset shows
+        self.memory[ctypes.addressof(buffer)] = buffer
+        return 0, ctypes.addressof(buffer)
+
+    def cudaFree(self, address: int) -> tuple[int]:  # noqa: N802
+        del self.memory[address]
+        return (0,)
+
+    def cudaMemset(self, address: int, value: int, nbytes: int) -> tuple[int]:  # noqa: N802
+        ctypes.memset(address, value, nbytes)
+        return (0,)
+
+    def cudaMemcpy(self, target: int, source: int, nbytes: int, kind: int) -> tuple[int]:  # noqa: N802
+        ctypes.memmove(target, source, nbytes)
+        return (0,)
+
+    def cudaStreamCreate(self) -> tuple[int, int]:  # noqa: N802
+        return 0, 7
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:  # noqa: N802
+        return (0,)
+
+
+class FakeEngine:
+    """Engine and execution context in one: computes with onnxruntime on what it is bound to, within its profiles."""
+
+    def __init__(self, bundle: Bundle, sidecar: dict[str, Any]) -> None:
+        import onnxruntime
+
+        self.session = onnxruntime.InferenceSession(str(bundle.model_path), providers=["CPUExecutionProvider"])
+        self.io, self.profiles = sidecar["io"], list(sidecar["profiles"].values())
+        self.num_io_tensors = len(self.io)
+        self.used_profiles: list[int] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def get_tensor_name(self, index: int) -> str:
+        return str(self.io[index]["name"])
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return next((entry["alias_of"] for entry in self.io if entry["name"] == name), None)
+
+    def create_execution_context(self) -> FakeEngine:
+        return self
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.used_profiles.append(index)
+        self.shapes.clear()
+        self.addresses.clear()
+        return stream == 7
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        smallest, _, largest = self.profiles[self.used_profiles[-1]][name]
+        self.shapes[name] = tuple(shape)
+        return all(low <= dim <= high for low, dim, high in zip(smallest, shape, largest, strict=True))
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
+        pointer = ctypes.cast(self.addresses[name], ctypes.POINTER(ctypes.c_ubyte))
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.ctypeslib.as_array(pointer, (nbytes,)).view(dtype).reshape(shape)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        inputs = [entry for entry in self.io if entry["kind"] == "input"]
+        feeds = {e["name"]: self.array(e["name"], self.shapes[e["name"]], e["dtype"]).copy() for e in inputs}
+        outputs = [entry for entry in self.io if entry["kind"] == "output"]
+        for entry, value in zip(outputs, self.session.run([e["name"] for e in outputs], feeds), strict=True):
+            if entry["alias_of"] is not None and self.addresses[entry["name"]] != self.addresses[entry["alias_of"]]:
+                return False
+            self.array(entry["name"], value.shape, entry["dtype"])[...] = value
+        return True
