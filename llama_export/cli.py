@@ -299,8 +299,9 @@ def validate(
     from rich.console import Console
 
     from llama_export.bundle import load_bundle
+    from llama_export.parity.judge import ValidateConfig
     from llama_export.parity.report import print_summary, require_plots, write_report
-    from llama_export.parity.stages import ValidateConfig, validate_bundle
+    from llama_export.parity.validate import validate_bundle
 
     config = ValidateConfig(stages=_names(stages), require=_names(require), steps=steps)
     require_plots()  # minutes of work must not end without the report

@@ -29,7 +29,7 @@ from llama_export.bundle import Bundle
 from llama_export.cli import main
 from llama_export.engine import EngineResult
 from llama_export.export import ExportResult
-from llama_export.parity import stages
+from llama_export.parity import validate
 from llama_export.parity.result import ParityReport, Stage
 
 Capture = pytest.CaptureFixture[str]
@@ -338,7 +338,7 @@ def test_validate_without_matplotlib_says_so_before_the_work(
     bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("llama_export.parity.stages.validate_bundle", None)
+    monkeypatch.setattr("llama_export.parity.validate.validate_bundle", None)
     assert main(["validate", str(bundle)]) == 3
     assert "llama-export[parity]" in capsys.readouterr().err
 
@@ -368,7 +368,7 @@ def test_failed_parity_is_exit_1_and_no_error(
         stages=(Stage(name="graph/float64-eager", verdict="fail", reason="wrong"),), required=(), environment={},
         hashes={"graph": "0"}, model={"name": "tiny", "task": "causal-lm", "dtype": "float32"}, created_at="2026-01-01T00:00:00",
     )  # fmt: skip
-    monkeypatch.setattr(stages, "validate_bundle", lambda *args, **kwargs: found)
+    monkeypatch.setattr(validate, "validate_bundle", lambda *args, **kwargs: found)
     options = ["--report", str(tmp_path / "report"), *(["--json"] if as_json else [])]
     assert main(["validate", str(bundle), *options]) == 1
     captured = capsys.readouterr()

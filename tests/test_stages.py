@@ -27,9 +27,11 @@ from llama_export.errors import ConfigError
 from llama_export.export import export_checkpoint
 from llama_export.model import load_reference
 from llama_export.parity import stages as stages_module
+from llama_export.parity.judge import ValidateConfig
 from llama_export.parity.result import ParityReport, Stage
 from llama_export.parity.sessions import reference_session
-from llama_export.parity.stages import STAGES, ValidateConfig, validate_bundle
+from llama_export.parity.stages import STAGES
+from llama_export.parity.validate import validate_bundle
 from llama_export.plugins import kernels_installed
 
 QUICK = ValidateConfig(steps=6, prompt_tokens=14)

@@ -83,7 +83,13 @@ class GraphEvaluator:
     @property
     def model_dtype(self) -> torch.dtype:
         """The dtype of the KV cache and the weights in this evaluation."""
-        return self._dtype or next(iter(self._float_inputs.values()))
+        return self._dtype or next(iter(self._float_inputs.values()), None) or self._declared_dtype()
+
+    def _declared_dtype(self) -> torch.dtype:
+        """Of a graph without a cache: what its first custom op returns."""
+        (first, *_) = (node.output[0] for node in self._graph.node if node.domain == DOMAIN)
+        (dtype,) = (_FLOATS[item.type.tensor_type.elem_type] for item in self._graph.value_info if item.name == first)
+        return dtype
 
     def run(self, feeds: Mapping[str, Tensor], observe: Observer | None = None) -> dict[str, Tensor]:
         """Evaluates the graph.
@@ -387,27 +393,106 @@ def _attention(
     return (weights @ value.to(wide).unsqueeze(2)).reshape(B, H, S, -1).to(query.dtype)
 
 
+def _clip(data: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    if any(bound is not None and bound.dtype != data.dtype for bound in (low, high)):
+        raise ValueError(f"bounds that are not {data.dtype}")
+    return torch.clamp(data, low, high)
+
+
+def _cum_sum(data: Tensor, axis: Tensor, exclusive: int = 0, reverse: int = 0) -> Tensor:
+    if exclusive or reverse:
+        raise ValueError("only the inclusive forward sum is implemented")
+    return torch.cumsum(data, int(axis), dtype=data.dtype)
+
+
+def _div(left: Tensor, right: Tensor) -> Tensor:
+    return torch.div(left, right) if left.is_floating_point() else torch.div(left, right, rounding_mode="trunc")
+
+
+def _gemm(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    transA: int = 0,
+    transB: int = 0,
+) -> Tensor:
+    product = alpha * ((a.T if transA else a) @ (b.T if transB else b))
+    return product if c is None else product + beta * c
+
+
+def _pow(base: Tensor, exponent: Tensor) -> Tensor:
+    return torch.pow(base, exponent.to(base.dtype))  # the one operator whose operands may differ in type
+
+
+def _reduce_max(data: Tensor, axes: Tensor | None = None, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
+    if axes is None or axes.numel() == 0:
+        raise ValueError("only reductions over given axes are implemented")
+    return torch.amax(data, [int(axis) for axis in axes], keepdim=bool(keepdims))
+
+
+def _slice(
+    data: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, steps: Tensor | None = None
+) -> Tensor:
+    which = list(range(starts.numel())) if axes is None else [int(axis) % data.ndim for axis in axes]
+    strides = [1] * len(which) if steps is None else [int(step) for step in steps]
+    if min(strides) < 1:
+        raise ValueError("only positive steps are implemented")
+    index = [slice(None)] * data.ndim
+    for axis, start, end, step in zip(which, starts.tolist(), ends.tolist(), strides, strict=True):
+        index[axis] = slice(start, end, step)
+    return data[tuple(index)]
+
+
+def _where(condition: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    if left.dtype != right.dtype or condition.dtype != torch.bool:
+        raise ValueError(f"a condition of {condition.dtype}, values of {left.dtype} and {right.dtype}")
+    return torch.where(condition, left, right)
+
+
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "Add": _same_type(torch.add),
+    "And": _same_type(torch.logical_and),
     "Attention": _attention,
+    "Clip": _clip,
     "Concat": lambda *tensors, axis: torch.cat(tensors, dim=axis),
     "Cos": torch.cos,
+    "CumSum": _cum_sum,
+    "Div": _same_type(_div),
+    "Equal": _same_type(torch.eq),
     "Expand": _expand,
     "Gather": _gather,
     "GatherElements": lambda data, indices, axis=0: torch.gather(data, axis, indices),
+    "Gelu": lambda data, approximate=b"none": torch.nn.functional.gelu(data, approximate=approximate.decode()),
+    "Gemm": _gemm,
+    "Greater": _same_type(torch.gt),
+    "HardSwish": torch.nn.functional.hardswish,
     "Identity": lambda data: data,
+    "LeakyRelu": lambda data, alpha=0.01: torch.nn.functional.leaky_relu(data, alpha),
     "LessOrEqual": _same_type(torch.le),
     "MatMul": torch.matmul,
+    "Mish": torch.nn.functional.mish,
     "Mul": _same_type(torch.mul),
+    "Not": torch.logical_not,
+    "Or": _same_type(torch.logical_or),
+    "Pow": _pow,
     "RMSNormalization": _rms_normalization,
     "Range": _range,
+    "Reciprocal": torch.reciprocal,
+    "ReduceMax": _reduce_max,
+    "Relu": torch.relu,
     "Reshape": _reshape,
     "RotaryEmbedding": _rotary_embedding,
     "Shape": _shape,
     "Sigmoid": torch.sigmoid,
     "Sin": torch.sin,
+    "Slice": _slice,
     "Squeeze": _squeeze,
+    "Sub": _same_type(torch.sub),
+    "Tanh": torch.tanh,
     "TensorScatter": _tensor_scatter,
     "Transpose": lambda data, perm: data.permute(*perm),
     "Unsqueeze": _unsqueeze,
+    "Where": _where,
 }

@@ -74,11 +74,11 @@ class TorchSession:
         )
         self._cache = {past: outputs[present] for past, present in self._names}
         self.past_length += lengths
-        return _numpy(outputs["logits"])
+        return to_numpy(outputs["logits"])
 
     def cache_array(self, name: str) -> Array:
         """See :class:`Session`."""
-        return _numpy(self._cache[name])
+        return to_numpy(self._cache[name])
 
 
 def reference_session(model: LlamaForCausalLM, *, max_seq_len: int, batch_size: int = 1) -> TorchSession:
@@ -127,13 +127,13 @@ class TransformersSession:
             logits = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True).logits
         self.past_length += ids.shape[1]
         index = [[ids.shape[1] - 1]] if logits_index is None else logits_index
-        return _numpy(logits[:, np.asarray(index)[0]])
+        return to_numpy(logits[:, np.asarray(index)[0]])
 
     def cache_array(self, name: str) -> Array:
         """[1, G, past_length, D]; ``name`` as in the graph."""
         _, layer, part = name.split(".")
         entry = self._cache.layers[int(layer)]
-        return _numpy(entry.keys if part == "key" else entry.values)
+        return to_numpy(entry.keys if part == "key" else entry.values)
 
 
 def trajectory(session: Session, ids: Sequence[int], prompt: int) -> Array:
@@ -149,8 +149,8 @@ def trajectory(session: Session, ids: Sequence[int], prompt: int) -> Array:
     return joined
 
 
-def _numpy(tensor: Tensor) -> Array:
-    """NumPy has no bfloat16: 16-bit values are widened, which changes none of them."""
+def to_numpy(tensor: Tensor) -> Array:
+    """A tensor's values. NumPy has no bfloat16: 16-bit values are widened, which changes none of them."""
     wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
     array: Array = wide.numpy()
     return array

@@ -20,9 +20,10 @@ from llama_export_plugins.kernels import loop
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.errors import ToolchainError
 from llama_export.export import export_checkpoint
-from llama_export.parity import stages
+from llama_export.parity import judge
+from llama_export.parity.judge import ValidateConfig
 from llama_export.parity.result import Stage
-from llama_export.parity.stages import ValidateConfig, validate_bundle
+from llama_export.parity.validate import validate_bundle
 
 HOW = ("interpreter", "enqueue")
 
@@ -94,7 +95,7 @@ def test_a_wrong_graph_fails(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_without_triton_the_stages_are_not_run_and_say_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "kernels_installed", lambda: "the Python package `triton` is not installed")
+    monkeypatch.setattr(judge, "kernels_installed", lambda: "the Python package `triton` is not installed")
     for stage in run(bundle, "kernels").values():
         assert stage.verdict == "not-run"
         assert "triton" in str(stage.reason)
@@ -104,7 +105,7 @@ def test_an_unusable_library_fails_the_enqueue_stages_only(bundle: Bundle, monke
     def broken() -> None:
         raise ToolchainError("the plugin library has another ABI", hint="pip install ./plugins")
 
-    monkeypatch.setattr(stages, "find_library", broken)
+    monkeypatch.setattr(judge, "find_library", broken)
     found = run(bundle, "kernels")
     assert {found[f"kernels/enqueue-{dtype}"].verdict for dtype in ("float32", "float16")} == {"fail"}
     assert "another ABI" in str(found["kernels/enqueue-float32"].reason)
@@ -118,7 +119,7 @@ def test_a_large_model_gets_a_sample_of_its_layers() -> None:
     def kernel(op: str) -> Callable[..., Any]:
         return lambda *items: calls[op].append(now["call"])
 
-    custom_ops, layers = stages._some_layers({op: kernel(op) for op in calls}, 32)
+    custom_ops, layers = judge.some_layers({op: kernel(op) for op in calls}, 32)
     assert layers == [0, 10, 21, 31]
     x, weight = torch.ones(1, 4), torch.ones(4)
     for _ in range(2):  # two runs of the graph

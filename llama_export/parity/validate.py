@@ -1,0 +1,101 @@
+"""One validation: the stages of a bundle's task run in order, and reported."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from llama_export.bundle import Bundle, sha256_of_file
+from llama_export.environment import environment
+from llama_export.errors import ConfigError, LlamaExportError, MissingDependencyError
+from llama_export.graph_io import INTERFACES
+from llama_export.parity.head_stages import HEAD_STAGES, HeadValidator
+from llama_export.parity.judge import NotRun, ValidateConfig, Validator
+from llama_export.parity.result import ParityReport, Stage, matches
+from llama_export.parity.stages import STAGES, CausalValidator
+
+DEVIATIONS = (
+    "RoPE: cos and sin stay float32 and the rotation is rounded once; Hugging Face rounds cos and sin to the model dtype first. "
+    "Nothing changes in float32; 16-bit results differ by less than the noise floor.",
+    "Logits leave the graph as float32; Hugging Face returns the model dtype.",
+)
+
+
+def validate_bundle(
+    bundle: Bundle, config: ValidateConfig | None = None, *, log: Callable[[str], None] = lambda line: None
+) -> ParityReport:
+    """Runs every selected stage and reports.
+
+    Raises:
+        ConfigError: a name in ``stages`` or ``require`` selects nothing, or the model's context is too short to decode.
+    """
+    config = config or ValidateConfig()
+    validator, available = stages_of(bundle, config)
+    for selector in (*config.stages, *config.require):
+        if not any(matches(name, selector) for name in available):
+            raise ConfigError(
+                f"no stage `{selector}`",
+                details={"got": selector, "expected": ", ".join(available)},
+                hint="a name, or the part before its slash",
+            )
+    stages = []
+    for name, run in available.items():
+        if config.stages and not any(matches(name, selector) for selector in config.stages):
+            stages.append(Stage(name=name, verdict="not-run", reason="not selected by --stages"))
+            continue
+        for stage in _run_stage(name, run, validator):
+            log(f"validate: {stage.name}: {stage.verdict} ({stage.seconds:.1f} s)")
+            stages.append(stage)
+    return ParityReport(
+        stages=tuple(stages),
+        required=config.require,
+        environment={**environment(), "command": f"llama-export validate {_name(bundle)} --steps {config.steps}"},
+        hashes={
+            "graph": sha256_of_file(bundle.model_path),
+            **{path.name: sha256_of_file(path) for path in bundle.engines},
+        },
+        model={
+            **bundle.manifest["model"],  # its dtype is what config.json states; the bundle's own may differ
+            "name": _name(bundle),
+            "task": bundle.manifest["task"],
+            "dtype": bundle.dtype,
+        },
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        deviations=DEVIATIONS,
+    )
+
+
+def stages_of(
+    bundle: Bundle, config: ValidateConfig
+) -> tuple[Validator, Mapping[str, Callable[[Any], Stage | list[Stage]]]]:
+    """What a bundle's stages share, and name -> stage, by its task.
+
+    Raises:
+        ConfigError: the model's longest sequence is too short for ``config``.
+    """
+    if INTERFACES[bundle.task].has_cache:
+        return CausalValidator(bundle, config), STAGES
+    return HeadValidator(bundle, config), HEAD_STAGES
+
+
+def _name(bundle: Bundle) -> str:
+    """The folder's own name: a report travels, the path to the bundle does not."""
+    return bundle.folder.resolve().name
+
+
+def _run_stage(name: str, run: Callable[[Any], Stage | list[Stage]], validator: Validator) -> list[Stage]:
+    """A stage that raises what a user can act on has failed; only a stated reason makes it ``not-run``."""
+    start = time.perf_counter()
+    try:
+        result = run(validator)
+    except NotRun as reason:
+        result = Stage(name=name, verdict="not-run", reason=str(reason))
+    except MissingDependencyError as err:
+        result = Stage(name=name, verdict="not-run", reason=f"{err.message}; {err.hint}")
+    except (LlamaExportError, ValueError) as err:
+        result = Stage(name=name, verdict="fail", reason=str(err))
+    seconds = round(time.perf_counter() - start, 3)
+    return [replace(stage, seconds=seconds) for stage in (result if isinstance(result, list) else [result])]
