@@ -30,21 +30,11 @@ def write_random_checkpoint(
     folder: Path, config: dict[str, object], *, dtype: str = "float32", seed: int = 0
 ) -> LlamaConfig:
     """Writes ``config.json`` and one ``model.safetensors`` of the given dtype."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": dtype, **config}
-    parsed = config_from_dict(data)
-    (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    code, numpy_dtype = _STORED[dtype]
-    header: dict[str, object] = {}
-    end = 0
-    for name, shape in expected_tensors(parsed).items():
-        begin, end = end, end + math.prod(shape) * numpy_dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
+    parsed, header = _write_config(folder, config, dtype)
+    numpy_dtype = _STORED[dtype][1]
     rng = np.random.default_rng(seed)
     with (folder / "model.safetensors").open("wb") as stream:
-        stream.write(len(raw).to_bytes(8, "little") + raw)
+        stream.write(header)
         for name, shape in expected_tensors(parsed).items():
             is_norm = name.endswith("norm.weight")
             values = (
@@ -52,6 +42,32 @@ def write_random_checkpoint(
             )
             stream.write(values.astype(numpy_dtype).tobytes())
     return parsed
+
+
+def write_hollow_checkpoint(folder: Path, config: dict[str, object], *, dtype: str = "bfloat16") -> LlamaConfig:
+    """The same with a hole in the place of the weights: 800 GB that take no disk and read as zeros."""
+    parsed, header = _write_config(folder, config, dtype)
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(header)
+        stream.truncate(len(header) + parsed.num_parameters * _STORED[dtype][1].itemsize)
+    return parsed
+
+
+def _write_config(folder: Path, config: dict[str, object], dtype: str) -> tuple[LlamaConfig, bytes]:
+    """Writes ``config.json``; gives it parsed, and the header of its safetensors file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": dtype, **config}
+    parsed = config_from_dict(data)
+    (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    code, numpy_dtype = _STORED[dtype]
+    entries: dict[str, object] = {}
+    end = 0
+    for name, shape in expected_tensors(parsed).items():
+        begin, end = end, end + math.prod(shape) * numpy_dtype.itemsize
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(entries).encode()
+    raw += b" " * (-len(raw) % 8)
+    return parsed, len(raw).to_bytes(8, "little") + raw
 
 
 def main() -> None:

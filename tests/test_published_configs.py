@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from published_configs import PUBLISHED
+from random_llama import write_hollow_checkpoint
 
+from llama_export.bundle import load_bundle
 from llama_export.config import config_from_dict, count_parameters, expected_tensors, resolve_task
+from llama_export.export import export_checkpoint
 from llama_export.model import LlamaForCausalLM
 from llama_export.model.rope import attention_scaling, rope_buffers
 
@@ -64,3 +69,16 @@ def test_reference_is_built_on_the_meta_device(data: dict[str, Any], number: int
         model = LlamaForCausalLM(config)
     assert sum(tensor.numel() for tensor in model.parameters()) == number
     assert {name: tuple(tensor.shape) for name, tensor in model.named_parameters()} == expected_tensors(config)
+
+
+@each
+def test_export_refers_to_every_weight(data: dict[str, Any], number: int, tmp_path: Path) -> None:
+    """Two layers; benchmarks/published_exports.py does it at full depth."""
+    config = write_hollow_checkpoint(tmp_path, {**data, "num_hidden_layers": 2}, dtype=data["torch_dtype"])
+    result = export_checkpoint(tmp_path)
+    assert result.num_parameters == config.num_parameters
+    assert result.weight_bytes_referenced == 2 * config.num_parameters
+    bundle = load_bundle(tmp_path)
+    assert (bundle.task, bundle.dtype) == ("causal-lm", data["torch_dtype"])
+    named = {item.name for item in onnx.load(str(bundle.model_path), load_external_data=False).graph.initializer}
+    assert set(expected_tensors(config)) <= named
