@@ -15,7 +15,15 @@ from llama_export.cli import cli
 ROOT = Path(__file__).parent.parent
 figures_table = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))["figures_table"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/decisions.md", "docs/parity.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "docs/decisions.md",
+    "docs/parity.md",
+    "docs/onnx.md",
+    "docs/architecture.md",
+]
 
 
 def test_every_make_target_that_is_named_exists() -> None:
