@@ -218,6 +218,7 @@ def share_one_trace(checkpoint: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     source, scratch, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     WEIGHTS = (source / "model.safetensors").read_bytes()
     share_one_trace(source)
