@@ -163,3 +163,15 @@ def test_question_answering_study_marks_the_name(tmp_path: Path) -> None:
     base: Any = load_reference(CHECKPOINT)
     assert isinstance(base, LlamaForCausalLM)
     torch.testing.assert_close(model.model.layers[3].mlp.down_proj.weight, base.model.layers[3].mlp.down_proj.weight)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flash_attention_2"])
+def test_later_tokens_change_nothing_before_them(implementation: str) -> None:
+    model = load_reference(CHECKPOINT, attn_implementation=implementation)
+    ids = torch.randint(2, 1536, (1, 40), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[:, 25:] = changed[:, 25:].flip(1)
+    with torch.no_grad():
+        first, second = (model.model(given).last_hidden_state for given in (ids, changed))
+    assert torch.equal(first[:, :25], second[:, :25])
+    assert not torch.equal(first[:, 25:], second[:, 25:])
