@@ -40,7 +40,7 @@ from llama_export.engine import (
 from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError, ToolchainError
 from llama_export.graph_io import INTERFACES
 from llama_export.kv_cache import cache_names, cache_shape
-from llama_export.runtime.session import Float32Array, Int64Array, check_texts
+from llama_export.runtime.session import Float32Array, Int64Array, checked_texts
 
 __all__ = ["EngineHeadSession", "EngineSession", "execution_blocker"]
 
@@ -335,11 +335,7 @@ class EngineHeadSession:
                 than the engine serves.
             ToolchainError: CUDA or TensorRT failed.
         """
-        ids: Int64Array = np.ascontiguousarray(input_ids, np.int64)
-        mask: Int64Array = (
-            np.ones_like(ids) if attention_mask is None else np.ascontiguousarray(attention_mask, np.int64)
-        )
-        check_texts(ids, mask, self.config, self.task)
+        ids, mask = checked_texts(input_ids, attention_mask, self.config, self.task)
         _check_rows(ids.shape[0], self.facts.max_batch)
         if ids.shape[1] > self.max_seq_len:
             raise ShapeError(

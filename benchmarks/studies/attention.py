@@ -19,6 +19,7 @@ from torch import Tensor
 from llama_export.config import LlamaConfig, config_from_dict
 from llama_export.model.attention import ATTENTION_CLASSES
 from llama_export.model.rope import LlamaRotaryEmbedding
+from studies.tiny_llama import markdown
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 ROUNDS = 3
@@ -149,10 +150,8 @@ def measure() -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """Milliseconds and megabytes, forward alone and with the backward pass."""
-    header = ["implementation", *(f"{length} tokens" for length in LENGTHS)]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for kind in ("forward", "backward"):
-        title = "forward" if kind == "forward" else "forward and backward"
+    rows = []
+    for kind, title in (("forward", "forward"), ("backward", "forward and backward")):
         for name, entries in found.items():
             cells = [
                 f"{entry[kind]['seconds'] * 1000:.0f} ms, {entry[kind]['bytes'] / 1e6:.0f} MB"
@@ -160,8 +159,8 @@ def table(found: dict[str, Any]) -> str:
                 else "not run"
                 for entry in entries.values()
             ]
-            lines.append(f"| {name}, {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([f"{name}, {title}", *cells])
+    return markdown(["implementation", *(f"{length} tokens" for length in LENGTHS)], rows)
 
 
 CACHE_LENGTHS = (64, 128, 256, 512)
@@ -210,16 +209,15 @@ def measure_cache() -> dict[str, Any]:
 
 def cache_table(found: dict[str, Any]) -> str:
     """Milliseconds per token."""
-    lines = [
-        "| tokens before | from the cache | whole text again | ratio | difference of the logits |",
-        "|---|---|---|---|---|",
-    ]
-    for length, entry in found.items():
-        lines.append(
-            f"| {length} | {entry['cached'] * 1000:.0f} ms | {entry['again'] * 1000:.0f} ms "
-            f"| {entry['again'] / entry['cached']:.1f} | {entry['error']:.1e} |"
-        )
-    return "\n".join(lines)
+    rows = [
+        [
+            length, f"{entry['cached'] * 1000:.0f} ms", f"{entry['again'] * 1000:.0f} ms",
+            f"{entry['again'] / entry['cached']:.1f}", f"{entry['error']:.1e}",
+        ]
+        for length, entry in found.items()
+    ]  # fmt: skip
+    header = ["tokens before", "from the cache", "whole text again", "ratio", "difference of the logits"]
+    return markdown(header, rows)
 
 
 def measure_cache_size() -> dict[str, Any]:
@@ -247,6 +245,5 @@ def measure_cache_size() -> dict[str, Any]:
 
 def cache_size_table(found: dict[str, Any]) -> str:
     """KiB per token, GiB for a text of 8192."""
-    lines = ["| model | cache per token | for 8192 tokens |", "|---|---|---|"]
-    lines += [f"| {name} | {size / 1024:.0f} KiB | {size * 8192 / 2**30:.1f} GiB |" for name, size in found.items()]
-    return "\n".join(lines)
+    rows = [[name, f"{size / 1024:.0f} KiB", f"{size * 8192 / 2**30:.1f} GiB"] for name, size in found.items()]
+    return markdown(["model", "cache per token", "for 8192 tokens"], rows)

@@ -217,11 +217,7 @@ class OnnxRuntimeHeadSession:
                 has positions, or several texts for a classifier without a padding token.
             ToolchainError: onnxruntime cannot compute the graph; its message is attached.
         """  # fmt: skip
-        ids: Int64Array = np.ascontiguousarray(input_ids, np.int64)
-        mask: Int64Array = (
-            np.ones_like(ids) if attention_mask is None else np.ascontiguousarray(attention_mask, np.int64)
-        )
-        check_texts(ids, mask, self.config, self.task)
+        ids, mask = checked_texts(input_ids, attention_mask, self.config, self.task)
         try:
             found = self._session.run(self._outputs, {"input_ids": ids, "attention_mask": mask})
         except Exception as err:
@@ -233,12 +229,19 @@ class OnnxRuntimeHeadSession:
         return dict(zip(self._outputs, found, strict=True))
 
 
-def check_texts(ids: Int64Array, mask: Int64Array, config: LlamaConfig, task: str) -> None:
-    """Refuses a batch the graph of a head cannot take.
+def checked_texts(
+    input_ids: Sequence[Sequence[int]] | Int64Array,
+    attention_mask: Sequence[Sequence[int]] | Int64Array | None,
+    config: LlamaConfig,
+    task: str,
+) -> tuple[Int64Array, Int64Array]:
+    """Token ids and mask [B, S] as the graph of a head takes them; without a mask there is no padding.
 
     Raises:
         ShapeError: see :meth:`OnnxRuntimeHeadSession.run`.
     """
+    ids: Int64Array = np.ascontiguousarray(input_ids, np.int64)
+    mask: Int64Array = np.ones_like(ids) if attention_mask is None else np.ascontiguousarray(attention_mask, np.int64)
     if ids.ndim != 2 or 0 in ids.shape or mask.shape != ids.shape:
         raise ShapeError(
             "input_ids and attention_mask do not fit",
@@ -258,6 +261,7 @@ def check_texts(ids: Int64Array, mask: Int64Array, config: LlamaConfig, task: st
             hint="shorten the text",
         )
     check_token_ids(ids, config.vocab_size)
+    return ids, mask
 
 
 def open_graph(bundle: Bundle, threads: int | None) -> tuple[Any, Any]:
