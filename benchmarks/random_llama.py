@@ -27,21 +27,61 @@ _STORED = {
 
 
 def write_random_checkpoint(
-    folder: Path, config: dict[str, object], *, dtype: str = "float32", seed: int = 0
+    folder: Path, config: dict[str, object], *, dtype: str = "float32", seed: int = 0, lively: bool = False
 ) -> LlamaConfig:
-    """Writes ``config.json`` and one ``model.safetensors`` of the given dtype."""
+    """Writes ``config.json`` and one ``model.safetensors`` of the given dtype.
+
+    Args:
+        lively: weights as large as training leaves them (matrices 1 / sqrt(fan-in), norms around 1, biases around 0),
+            so that every part of the model has a say in its result.
+    """
     parsed, header = _write_config(folder, config, dtype)
     numpy_dtype = _STORED[dtype][1]
     rng = np.random.default_rng(seed)
     with (folder / "model.safetensors").open("wb") as stream:
         stream.write(header)
         for name, shape in expected_tensors(parsed).items():
-            is_norm = name.endswith("norm.weight")
-            values = (
-                np.ones(shape, np.float32) if is_norm else rng.standard_normal(shape, np.float32) * np.float32(0.02)
-            )
+            noise = rng.standard_normal(shape, np.float32)
+            if name.endswith("norm.weight"):
+                values = 1 + np.float32(0.2) * noise if lively else np.ones(shape, np.float32)
+            else:
+                values = noise * np.float32(shape[-1] ** -0.5 if lively and len(shape) > 1 else 0.2 if lively else 0.02)
             stream.write(values.astype(numpy_dtype).tobytes())
     return parsed
+
+
+def random_config(rng: np.random.Generator) -> dict[str, object]:
+    """A small causal LM of awkward shape: any grouping, any RoPE type, biases or none, embeddings tied or not.
+
+    transformers wants the hidden size to be a multiple of the heads even where ``head_dim`` is given.
+    """
+    heads = int(rng.choice([2, 3, 4, 6, 8]))
+    groups = int(rng.choice([n for n in (1, 2, 3, 4, 6, 8) if heads % n == 0]))
+    head_dim = int(rng.choice([8, 16, 32, 64]))
+    context, trained = 128, 48
+    rope_type = str(rng.choice(["default", "linear", "dynamic", "llama3", "yarn", "longrope"]))
+    scaling: dict[str, object] = {
+        "default": {},
+        "linear": {"factor": 2.5},
+        "dynamic": {"factor": 4.0},
+        "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": trained},
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": trained},
+        "longrope": {
+            "factor": 4.0, "original_max_position_embeddings": trained,
+            "short_factor": [1 + 0.05 * i for i in range(head_dim // 2)],
+            "long_factor": [1.5 + 0.7 * i for i in range(head_dim // 2)],
+        },
+    }[rope_type]  # fmt: skip
+    return {
+        "hidden_size": heads * int(rng.choice([8, 10, 14])), "num_hidden_layers": int(rng.integers(2, 6)),
+        "num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": head_dim,
+        "intermediate_size": int(rng.choice([56, 80, 128])), "vocab_size": int(rng.choice([97, 160, 257])),
+        "max_position_embeddings": context if rope_type != "dynamic" else trained, "rms_norm_eps": float(rng.choice([1e-5, 1e-6])),
+        "tie_word_embeddings": bool(rng.integers(2)), "attention_bias": bool(rng.integers(2)),
+        "mlp_bias": bool(rng.integers(2)), "hidden_act": str(rng.choice(["silu", "silu", "silu", "gelu_pytorch_tanh"])),
+        "rope_parameters": {"rope_type": rope_type, "rope_theta": float(rng.choice([10000.0, 500000.0])), **scaling},
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
 
 
 def write_hollow_checkpoint(folder: Path, config: dict[str, object], *, dtype: str = "bfloat16") -> LlamaConfig:

@@ -62,21 +62,22 @@ SERIES = {"max_abs": [1e-6, 0.0, math.nan, 2e-6], "max_abs per layer": [1e-7, 3e
 REPORTS = {
     "pass": a_report(a_stage(series=SERIES), a_stage("onnxruntime/greedy", 0.0, 0.0)),
     "not-run": a_report(a_stage(), not_run()),
-    "fail": a_report(a_stage(), a_stage("onnxruntime/decode", 0.5), first_divergence={"layer": 3, "op": "add"}),
+    "fail": a_report(a_stage(), a_stage("onnxruntime/decode", 0.5, first_divergence={"layer": 3, "op": "add"})),
     "nan": a_report(a_stage(error=math.nan), a_stage("onnxruntime/cache", math.inf)),
     "missing": a_report(a_stage(), not_run(), required=("onnxruntime", "engine/execution")),
     "only-not-run": a_report(not_run()),
     "zero": a_report(),
     "no-tolerance": a_report(a_stage("engine/structure", tolerance=None, worst=None)),
     "hostile": a_report(
-        a_stage(HOSTILE, 0.5, reason=HOSTILE, metrics={"max_abs": 0.5, HOSTILE: HOSTILE}, series={HOSTILE: [1.0]}),
+        a_stage(HOSTILE, 0.5, reason=HOSTILE, metrics={"max_abs": 0.5, HOSTILE: HOSTILE}, series={HOSTILE: [1.0]},
+            first_divergence={HOSTILE: HOSTILE},
+        ),
         not_run("engine/" + HOSTILE, HOSTILE),
         required=(HOSTILE + "/required",),
         environment={"command": HOSTILE, HOSTILE: HOSTILE},
         hashes={HOSTILE: HOSTILE},
         model={"name": HOSTILE, HOSTILE: [HOSTILE]},
         deviations=(HOSTILE,),
-        first_divergence={HOSTILE: HOSTILE},
     ),
 }  # fmt: skip
 FAILED = {"fail", "nan", "missing", "only-not-run", "zero", "hostile"}

@@ -17,7 +17,8 @@ Source: operator definitions at https://onnx.ai/onnx/operators/, opset 24.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from llama_export.model.loading import read_tensor
 from llama_export.ops import DOMAIN, OP_SPECS
 from llama_export.ops.attention import rotate
 from llama_export.ops.rms_norm import rms_norm_eager
+from llama_export.parity.lockstep import Step, lockstep
 
 CustomOps = Literal["eager", "bodies"] | Mapping[str, Callable[..., Any]]
 Observer = Callable[[str, Tensor], None]
@@ -60,17 +62,26 @@ class GraphEvaluator:
         dtype: float64, float32, float16 or bfloat16; None keeps the declared types.
         custom_ops: how nodes of our domain are computed: ``eager``, ``bodies``, or op_type -> function of the node's
             input tensors and attribute values, in the order of the op table.
+        custom_layers: the decoder layers whose custom ops the functions compute, those of the others being eager; None:
+            all. Ops outside the layers count as one of them.
     """
 
-    def __init__(self, model_path: Path, *, dtype: torch.dtype | None = None, custom_ops: CustomOps = "eager") -> None:
+    def __init__(
+        self,
+        model_path: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        custom_ops: CustomOps = "eager",
+        custom_layers: Collection[int] | None = None,
+    ) -> None:
         model = onnx.load(str(model_path), load_external_data=False)
         self._folder = model_path.parent
+        self._custom_layers = custom_layers
         self._graph = model.graph
         self._functions = {function.name: function for function in model.functions if function.domain == DOMAIN}
         self._custom_ops = custom_ops
         self._dtype = dtype
         self._initializers = {item.name: item for item in self._graph.initializer}
-        self._last_use = {name: index for index, node in enumerate(self._graph.node) for name in node.input}
         self._outputs = [value.name for value in self._graph.output]
         self._kept: dict[str, Tensor] = {}
         self._kept_bytes = 0
@@ -84,6 +95,11 @@ class GraphEvaluator:
     def model_dtype(self) -> torch.dtype:
         """The dtype of the KV cache and the weights in this evaluation."""
         return self._dtype or next(iter(self._float_inputs.values()), None) or self._declared_dtype()
+
+    @property
+    def graph(self) -> onnx.GraphProto:
+        """What is evaluated."""
+        return self._graph
 
     def _declared_dtype(self) -> torch.dtype:
         """Of a graph without a cache: what its first custom op returns."""
@@ -105,33 +121,75 @@ class GraphEvaluator:
         Raises:
             ExportError: an input is missing, or a node uses something this evaluator does not implement.
         """
-        missing = [value.name for value in self._graph.input if value.name not in feeds]
-        if missing:
-            raise ExportError(
-                "the evaluator lacks graph inputs",
-                details={"missing": ", ".join(missing)},
-                hint="feed every graph input",
-            )
-        values: dict[str, Tensor] = {
-            name: tensor.to(self.model_dtype) if name in self._float_inputs else tensor
-            for name, tensor in feeds.items()
-        }
-        for index, node in enumerate(self._graph.node):
-            inputs = [self._lookup(name, values, node) for name in node.input]
-            self._store(node, self._evaluate(node, inputs, observe), values, observe, "")
-            for name in node.input:
-                if self._last_use.get(name) == index and name not in self._outputs:
-                    values.pop(name, None)
-        return {name: values[name] for name in self._outputs}
+        found: dict[str, Tensor] = {}
+        for name, (value,) in self._stream([feeds], {}, self._outputs, observe):
+            if name in self._outputs:
+                found[name] = value
+        return {name: found[name] if name in found else feeds[name] for name in self._outputs}
 
-    def _lookup(self, name: str, values: Mapping[str, Tensor], node: onnx.NodeProto) -> Tensor | None:
-        if not name:
-            return None
-        if name in values:
-            return values[name]
+    def stream(
+        self, calls: Sequence[Mapping[str, Tensor]], carry: Mapping[str, str] | None = None, only: Sequence[str] = ()
+    ) -> Iterator[tuple[str, list[Tensor]]]:
+        """Evaluates several calls together, node by node: see :mod:`llama_export.parity.lockstep`.
+
+        Args:
+            calls: graph inputs, per call; what ``carry`` names is needed for the first alone.
+            carry: graph input -> the graph output of the call before that it is.
+            only: compute no more than these tensors need, and ask for no input they do not read; default: everything.
+
+        Yields:
+            (tensor name, its value in every call) for every node output, in the graph's order.
+
+        Raises:
+            ExportError: see :meth:`run`.
+        """
+        return self._stream(calls, carry or {}, only or self._outputs, None, bool(only))
+
+    def _stream(
+        self,
+        calls: Sequence[Mapping[str, Tensor]],
+        carry: Mapping[str, str],
+        wanted: Sequence[str],
+        observe: Observer | None,
+        only_wanted: bool = False,
+    ) -> Iterator[tuple[str, list[Tensor]]]:
+        nodes = list(self._graph.node)
+        if only_wanted:
+            nodes = needed_nodes(nodes, wanted)
+        read = {name for node in nodes for name in node.input}
+        inputs = [value.name for value in self._graph.input if not only_wanted or value.name in read]
+        for number, feeds in enumerate(calls):
+            if missing := [name for name in inputs if name not in feeds and not (number and name in carry)]:
+                raise ExportError(
+                    "the evaluator lacks graph inputs",
+                    details={"missing": ", ".join(missing)},
+                    hint="feed every graph input",
+                )
+        converted = [
+            {
+                name: tensor.to(self.model_dtype) if name in self._float_inputs else tensor
+                for name, tensor in feeds.items()
+            }
+            for feeds in calls
+        ]
+        steps = [self._step(node, observe) for node in nodes]
+        return lockstep(steps, converted, carry=carry, constant=self._initializer, outputs=wanted)
+
+    def _step(self, node: onnx.NodeProto, observe: Observer | None) -> Step:
+        def compute(inputs: list[Tensor | None]) -> tuple[Tensor, ...]:
+            results = self._evaluate(node, inputs, observe)
+            if observe is not None:
+                for name, result in zip(node.output, results, strict=True):
+                    if name:
+                        observe(name, result)
+            return results
+
+        return Step(node.name, tuple(node.input), tuple(node.output), compute)
+
+    def _initializer(self, name: str, reader: Step) -> Tensor:
         if name not in self._initializers:
             raise ExportError(
-                f"the graph reads `{name}` before anything defines it", details={"node": node.name}, hint=_EDITED
+                f"the graph reads `{name}` before anything defines it", details={"node": reader.name}, hint=_EDITED
             )
         return self._weight(name)
 
@@ -162,26 +220,7 @@ class GraphEvaluator:
         return stored if self._dtype is None else stored.to(self._dtype)
 
     def _float(self, declared: torch.dtype) -> torch.dtype:
-        """The dtype in this evaluation of a float the graph declares as ``declared`` (weights and cache aside)."""
-        if self._dtype is None:
-            return declared
-        if self._dtype in _SIXTEEN_BIT:
-            return self._dtype if declared in _SIXTEEN_BIT else torch.float32
-        return self._dtype
-
-    def _store(
-        self,
-        node: onnx.NodeProto,
-        results: Iterable[Tensor],
-        values: dict[str, Tensor],
-        observe: Observer | None,
-        prefix: str,
-    ) -> None:
-        for name, result in zip(node.output, results, strict=True):
-            if name:
-                values[name] = result
-                if observe is not None:
-                    observe(prefix + name, result)
+        return evaluation_dtype(declared, self._dtype)
 
     def _evaluate(
         self, node: onnx.NodeProto, inputs: list[Tensor | None], observe: Observer | None
@@ -224,8 +263,14 @@ class GraphEvaluator:
         spec = OP_SPECS[node.op_type]
         if set(attributes) != {item.name for item in spec.attributes}:
             raise ValueError(f"attributes {sorted(attributes)}, expected {[item.name for item in spec.attributes]}")
-        compute = spec.eager if self._custom_ops == "eager" else self._custom_ops[node.op_type]
+        compute = spec.eager
+        if not isinstance(self._custom_ops, str) and self._by_custom_op(node):
+            compute = self._custom_ops[node.op_type]
         return compute(*inputs, *(attributes[item.name] for item in spec.attributes))
+
+    def _by_custom_op(self, node: onnx.NodeProto) -> bool:
+        layer = layer_of(node.name)
+        return self._custom_layers is None or layer is None or layer in self._custom_layers
 
     def _evaluate_body(
         self, node: onnx.NodeProto, inputs: list[Tensor | None], attributes: Mapping[str, Any], observe: Observer | None
@@ -242,7 +287,10 @@ class GraphEvaluator:
                 bound.attribute.append(onnx.helper.make_attribute(item.name, value))
             bound.name = f"{node.name}/{inner.op_type}"
             results = self._evaluate(bound, [values[name] if name else None for name in inner.input], observe)
-            self._store(bound, results, values, observe, f"{node.name}/")
+            for name, result in zip(inner.output, results, strict=True):
+                values[name] = result
+                if observe is not None:
+                    observe(f"{node.name}/{name}", result)
         return tuple(values[name] for name in function.output)
 
     def _cast(self, node: onnx.NodeProto, inputs: list[Tensor | None], to: int | None = None) -> Tensor:
@@ -254,6 +302,34 @@ class GraphEvaluator:
         if to in _FLOATS:
             return source.to(self._float(_FLOATS[to]))
         return source.to(_OTHERS[to])
+
+
+def evaluation_dtype(declared: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """The type, in an evaluation at ``dtype``, of a float that a graph declares as ``declared``, weights and cache aside.
+
+    None: as declared. A 16-bit evaluation keeps what the graph explicitly computes in float32.
+    """
+    if dtype is None:
+        return declared
+    if dtype in _SIXTEEN_BIT:
+        return dtype if declared in _SIXTEEN_BIT else torch.float32
+    return dtype
+
+
+def layer_of(node_name: str) -> int | None:
+    """``model.layers.3.mlp/Mul`` -> 3; None for what stands outside the decoder layers."""
+    found = re.match(r"model\.layers\.(\d+)\.", node_name)
+    return int(found[1]) if found else None
+
+
+def needed_nodes(nodes: Sequence[onnx.NodeProto], wanted: Iterable[str]) -> list[onnx.NodeProto]:
+    """The nodes that compute ``wanted``, in their order."""
+    names, kept = set(wanted), []
+    for node in reversed(nodes):
+        if names.intersection(node.output):
+            kept.append(node)
+            names.update(node.input)
+    return kept[::-1]
 
 
 def _present(tensor: Tensor | None) -> Tensor:

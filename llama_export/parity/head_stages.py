@@ -10,7 +10,7 @@ Shapes: B texts, S tokens, K labels, E hidden size.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,32 +26,30 @@ from llama_export.errors import ConfigError, MissingDependencyError
 from llama_export.graph_io import INTERFACES, is_single_text
 from llama_export.parity.judge import (
     BY,
-    ENGINE_LIMITS,
-    ENGINE_WHY,
-    FLOAT32_LIMIT,
-    FLOAT32_WHY,
     FLOAT64_LIMIT,
-    FLOAT64_WHY,
     KERNEL_TOKENS,
-    NOISE_WHY,
+    TRANSFORMERS_WHY,
+    Measured,
     NotRun,
     ValidateConfig,
     Validator,
     custom_kernels,
     engine_structure,
     judge,
-    noise_share,
+    judge_noise,
     some_layers,
 )
 from llama_export.parity.metrics import difference
-from llama_export.parity.result import Stage, Tolerance
+from llama_export.parity.result import Stage
 from llama_export.runtime import OnnxRuntimeHeadSession
 
 try:
     import torch
 
-    from llama_export.model.heads import LlamaWithHead
+    from llama_export.parity.calls import Pairs
     from llama_export.parity.evaluator import CustomOps, GraphEvaluator
+    from llama_export.parity.locate import Trace, tensor_errors
+    from llama_export.parity.rope_stages import graph_rope, reference_rope
     from llama_export.parity.sessions import to_numpy
 except ModuleNotFoundError as err:
     raise MissingDependencyError(err.name or "torch", "export") from err
@@ -61,7 +59,6 @@ _MIN_TEXT = 4
 Outputs = Mapping[str, NDArray[Any]]
 Run = Callable[[NDArray[np.int64], NDArray[np.int64]], Outputs]
 """input_ids and attention_mask [B, S] -> output name -> tensor."""
-Pairs = list[tuple[str, Any, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,33 +115,35 @@ class HeadValidator(Validator):
         pairs: Pairs = []
         for texts in batches:
             found, expected = got(texts.input_ids, texts.attention_mask), want(texts.input_ids, texts.attention_mask)
-            for name in INTERFACES[self.bundle.task].outputs:
-                per_token = expected[name].ndim >= 2 and expected[name].shape[:2] == texts.input_ids.shape
-                keep = texts.attention_mask != 0 if per_token and name != "sentence_embedding" else slice(None)
-                pairs.append((f"{name} ({texts.label})", found[name][keep], expected[name][keep]))
+            pairs += self.pairs(found, expected, texts)
         return pairs
 
-    @cached_property
-    def reference32(self) -> Run:
-        """The reference in float32."""
-        return self.reference_run(self.load_reference(torch.float32))
+    def pairs(self, got: Outputs, want: Outputs, texts: Texts) -> Pairs:
+        """The same of one batch."""
+        found: Pairs = []
+        for name in INTERFACES[self.bundle.task].outputs:
+            per_token = want[name].ndim >= 2 and want[name].shape[:2] == texts.input_ids.shape
+            keep = texts.attention_mask != 0 if per_token and name != "sentence_embedding" else slice(None)
+            found.append((f"{name} ({texts.label})", got[name][keep], want[name][keep]))
+        return found
+
+    def oracle(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Outputs:
+        """The float64 oracle, the reference's trace, as a function of texts."""
+        return self._outputs(self.program.stream([_feeds(ids, mask)], {}, torch.float64))
+
+    def _outputs(self, stream: Iterable[tuple[str, list[Any]]]) -> Outputs:
+        return {name: to_numpy(values[0]) for name, values in stream if name in self.program.outputs}
+
+    def reference(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Outputs:
+        """The reference itself in float64 as a function of texts."""
+        with torch.no_grad():
+            found = self._reference64(*_feeds(ids, mask).values())
+        tensors = [found] if isinstance(found, torch.Tensor) else list(found)
+        return {name: to_numpy(tensor) for name, tensor in zip(self.program.outputs, tensors, strict=True)}
 
     @cached_property
-    def reference64(self) -> Run:
-        """The reference in float64: the oracle."""
-        return self.reference_run(self.load_reference(torch.float64))
-
-    def reference_run(self, model: LlamaWithHead) -> Run:
-        """The reference as a function of texts."""
-        names = INTERFACES[self.bundle.task].outputs
-
-        def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Outputs:
-            with torch.no_grad():
-                found = model(torch.from_numpy(ids), torch.from_numpy(mask))
-            tensors = [found] if isinstance(found, torch.Tensor) else list(found)
-            return {name: to_numpy(tensor) for name, tensor in zip(names, tensors, strict=True)}
-
-        return run
+    def _reference64(self) -> Any:
+        return self.load_reference(torch.float64)
 
     def transformers_run(self, dtype: torch.dtype) -> Run:
         """Hugging Face's model, made anew: length-dependent RoPE remembers earlier calls there."""
@@ -163,25 +162,33 @@ class HeadValidator(Validator):
 
         return run
 
-    @property
-    def texts_for_transformers(self) -> list[Texts]:
+    def texts_for_transformers(self, batches: list[Texts]) -> list[Texts]:
         """What Hugging Face can be asked: rotating by the longest row of a batch, it cannot be asked about padded ones."""
-        batches = self.texts(self.width)
         return batches[:1] if self.follows_length else batches
 
     def evaluator_run(self, evaluator: GraphEvaluator) -> Run:
         """The exported graph as a function of texts."""
 
         def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Outputs:
-            outputs = evaluator.run({"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)})
-            return {name: to_numpy(tensor) for name, tensor in outputs.items()}
+            return {name: to_numpy(tensor) for name, tensor in evaluator.run(_feeds(ids, mask)).items()}
 
         return run
+
+    def measured(self, got: Run, dtype: torch.dtype, batches: list[Texts]) -> list[Measured]:
+        """An artefact and the noise floor, both against the oracle; what cannot be asked of transformers has no floor."""
+        asked = self.texts_for_transformers(batches)
+        noise = difference(self.compare(self.transformers_run(dtype), self.oracle, asked))
+        gc.collect()
+        return [Measured("outputs", difference(self.compare(got, self.oracle, batches)), noise)]
 
     @cached_property
     def onnxruntime_run(self) -> Run:
         """The file that onnxruntime runs."""
         return OnnxRuntimeHeadSession(self.bundle).run
+
+
+def _feeds(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
 
 
 # ---- the stages -------------------------------------------------------------------------------------------------
@@ -196,11 +203,26 @@ def _said(batches: list[Texts]) -> str:
 
 
 def reference_transformers(v: HeadValidator) -> Stage:
-    """The outputs against Hugging Face's class of the task."""
-    batches = v.texts_for_transformers
+    """The outputs against Hugging Face's class of the task, both in float64."""
+    batches = v.texts_for_transformers(v.texts(v.width))
+    # In float64 its mask overflows softmax's float32 where a row sees nothing but padding, and NaN spreads from there.
+    left = [texts for texts in batches if texts.label == "left"]
+    others = [texts for texts in batches if texts.label != "left"]
+    theirs, theirs32 = v.transformers_run(torch.float64), v.transformers_run(torch.float32)
+    noise = difference(v.compare(theirs32, theirs, others))
+    found = difference(v.compare(v.oracle, theirs, others) + v.compare(v.oracle, theirs32, left))
+    return judge_noise(
+        "reference/transformers", [Measured("outputs", found, noise)], dtype="float64", bundle_dtype="float64",
+        why=TRANSFORMERS_WHY, reason=f"reference against transformers in float64 (left padding: in float32), {_said(batches)}",
+    )  # fmt: skip
+
+
+def reference_program(v: HeadValidator) -> Stage:
+    """The traced program, which is the oracle, against the reference model itself."""
+    batches = v.texts(v.width)
     return judge(
-        "reference/transformers", difference(v.compare(v.reference32, v.transformers_run(torch.float32), batches)),
-        limit=FLOAT32_LIMIT, why=FLOAT32_WHY, reason=f"reference against transformers in float32: {_said(batches)}",
+        "reference/program", difference(v.compare(v.oracle, v.reference, batches)),
+        reason=f"the reference's trace, the oracle of what follows, against the reference, both in float64: {_said(batches)}",
     )  # fmt: skip
 
 
@@ -208,39 +230,88 @@ def _graph_stage(name: str, path: Callable[[Bundle], Path], custom_ops: CustomOp
     def run(v: HeadValidator) -> Stage:
         evaluator = GraphEvaluator(path(v.bundle), dtype=torch.float64, custom_ops=custom_ops)
         batches = v.texts(v.width)
+        calls = [_feeds(texts.input_ids, texts.attention_mask) for texts in batches]
+        trace = Trace(evaluator.graph, lambda _: FLOAT64_LIMIT)
+        both = tensor_errors(
+            evaluator.stream(calls), v.program.stream(calls, {}, torch.float64), v.program.names_in(evaluator.graph)
+        )
+        found: list[dict[str, Any]] = [{} for _ in batches]
+        wanted: list[dict[str, Any]] = [{} for _ in batches]
+        for tensor, got, want in both:
+            trace.add(tensor, got, want)
+            if tensor in v.program.outputs:
+                for at, values in enumerate(zip(got, want, strict=True)):
+                    found[at][tensor], wanted[at][tensor] = map(to_numpy, values)
+        pairs = [
+            pair for texts, got, want in zip(batches, found, wanted, strict=True) for pair in v.pairs(got, want, texts)
+        ]
         return judge(
-            name, difference(v.compare(v.evaluator_run(evaluator), v.reference64, batches)),
-            limit=FLOAT64_LIMIT, why=FLOAT64_WHY,
-            reason=f"the graph in float64, custom ops by {what}, against the reference in float64: {_said(batches)}",
+            name, difference(pairs), first_divergence=trace.first_divergence, tensors_compared=len(trace.errors),
+            series={"largest tensor error per layer": trace.per_layer},
+            reason=f"the graph in float64, custom ops by {what}, against the reference's trace in float64: {_said(batches)}",
         )  # fmt: skip
 
     return run
 
 
-def onnxruntime_texts(v: HeadValidator) -> Stage:
-    """The outputs of every batch against the reference."""
-    batches = v.texts(v.width)
+def graph_rows(v: HeadValidator) -> Stage:
+    """A row of a padded batch equals the row alone: no influence of neighbours, nor of padding on the right."""
+    evaluator = GraphEvaluator(v.bundle.model_path, dtype=torch.float64, custom_ops="bodies")
+    batches, run = _padded_batches(v), v.evaluator_run(evaluator)
     return judge(
-        "onnxruntime/texts", difference(v.compare(v.onnxruntime_run, v.reference32, batches)),
-        limit=FLOAT32_LIMIT, why=FLOAT32_WHY, reason=f"onnxruntime against the reference: {_said(batches)}",
+        "graph/rows", difference(v.compare(run, _rows_alone(run), batches)),
+        reason=f"the graph in float64 by its function bodies: {_ROWS}",
+    )  # fmt: skip
+
+
+def onnxruntime_texts(v: HeadValidator) -> Stage:
+    """The outputs of every batch."""
+    batches = v.texts(v.width)
+    return judge_noise(
+        "onnxruntime/texts", v.measured(v.onnxruntime_run, torch.float32, batches), dtype="float32", bundle_dtype=v.bundle.dtype,
+        reason=f"onnxruntime against float64, {_said(batches)}",
     )  # fmt: skip
 
 
 def onnxruntime_rows(v: HeadValidator) -> Stage:
-    """A row of a padded batch equals the row alone: no influence of neighbours, nor of padding on the right."""
+    """The same for the file that onnxruntime runs."""
+    batches = _padded_batches(v)
+    found = difference(v.compare(v.onnxruntime_run, _rows_alone(v.onnxruntime_run), batches))
+    (floor,) = v.measured(v.onnxruntime_run, torch.float32, v.texts(v.width))
+    return judge_noise(
+        "onnxruntime/rows", [Measured("outputs", found, floor.noise)], dtype="float32", bundle_dtype=v.bundle.dtype,
+        reason=f"onnxruntime: {_ROWS}",
+    )  # fmt: skip
+
+
+def onnxruntime_repeat(v: HeadValidator) -> Stage:
+    """The same texts in a new session give the same bits."""
+    batches = v.texts(v.width)
+    found = difference(v.compare(v.onnxruntime_run, OnnxRuntimeHeadSession(v.bundle).run, batches))
+    return judge(
+        "onnxruntime/repeat", found, limit=0.0, why="the same machine, the same texts, the same bits",
+        reason=f"the same texts in a new session: {_said(batches)}",
+    )  # fmt: skip
+
+
+_ROWS = (
+    "every text of the padded batches against the text alone; right padding cut off, left padding kept, since positions "
+    "count from the row's first slot"
+)
+
+
+def _padded_batches(v: HeadValidator) -> list[Texts]:
     batches = v.texts(v.width)
     if not batches[1:]:
         raise NotRun("the checkpoint names no padding token: a batch has one row")
+    return batches[1:]
 
-    def rows_alone(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Outputs:
-        return _stacked(_row(v.onnxruntime_run, ids, mask, row) for row in range(len(ids)))
 
-    return judge(
-        "onnxruntime/rows", difference(v.compare(v.onnxruntime_run, rows_alone, batches[1:])),
-        limit=FLOAT32_LIMIT, why=FLOAT32_WHY,
-        reason="every text of the padded batches against the text alone; right padding cut off, left padding kept, "
-        "since positions count from the row's first slot",
-    )  # fmt: skip
+def _rows_alone(run: Run) -> Run:
+    def alone(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Outputs:
+        return _stacked(_row(run, ids, mask, row) for row in range(len(ids)))
+
+    return alone
 
 
 def _row(run: Run, ids: NDArray[np.int64], mask: NDArray[np.int64], row: int) -> Outputs:
@@ -262,70 +333,37 @@ def _stacked(rows: Iterator[Outputs]) -> Outputs:
     return {name: np.concatenate([row[name] for row in every]) for name in every[0]}
 
 
-def onnxruntime_transformers(v: HeadValidator) -> Stage:
-    """The two ends of the chain, directly."""
-    batches = v.texts_for_transformers
-    return judge(
-        "onnxruntime/transformers", difference(v.compare(v.onnxruntime_run, v.transformers_run(torch.float32), batches)),
-        limit=FLOAT32_LIMIT, why=FLOAT32_WHY, reason=f"onnxruntime against transformers in float32: {_said(batches)}",
-    )  # fmt: skip
-
-
-def _against_noise(v: HeadValidator, name: str, dtype: str, got: Run, batches: list[Texts], what: str) -> Stage:
-    """A 16-bit run against float64, held to what transformers' own model loses at that dtype."""
-    torch_dtype = getattr(torch, dtype)
-    found = difference(v.compare(got, v.reference64, batches))
-    noise = difference(v.compare(v.transformers_run(torch_dtype), v.reference64, batches))
-    gc.collect()
-    if noise.nonfinite and (not found.nonfinite or dtype != v.bundle.dtype):
-        raise NotRun(
-            f"transformers' own model gives {noise.nonfinite} values that are not finite in {dtype}: no noise floor"
-        )
-    error, l2_ratio, max_ratio = noise_share(found, noise)
-    return Stage(
-        name=name,
-        verdict="pass" if found.nonfinite == 0 and error <= 1 else "fail",
-        reason=f"{what} in {dtype} against float64: {l2_ratio:.2f} x the noise floor in L2, {max_ratio:.2f} x in the maximum; {_said(batches)}",
-        metrics={
-            "error": error, "relative_l2": found.relative_l2, "noise_floor_relative_l2": noise.relative_l2, "l2_ratio": l2_ratio,
-            "max_abs": found.max_abs, "noise_floor_max_abs": noise.max_abs, "max_ratio": max_ratio, "nonfinite": found.nonfinite,
-        },
-        tolerance=Tolerance(value=1.0, metric="error", why=NOISE_WHY),
-        worst=found.worst,
-    )  # fmt: skip
-
-
 def _noise_stage(dtype: str) -> HeadStage:
     def run(v: HeadValidator) -> Stage:
-        evaluator = GraphEvaluator(v.bundle.model_path, dtype=getattr(torch, dtype))
-        got = v.evaluator_run(evaluator)
-        return _against_noise(v, f"evaluator/{dtype}", dtype, got, v.texts_for_transformers, "the graph")
+        torch_dtype = getattr(torch, dtype)
+        batches = v.texts_for_transformers(v.texts(v.width))
+        got = v.evaluator_run(GraphEvaluator(v.bundle.model_path, dtype=torch_dtype))
+        return judge_noise(
+            f"evaluator/{dtype}", v.measured(got, torch_dtype, batches), dtype=dtype, bundle_dtype=v.bundle.dtype,
+            reason=f"the graph in {dtype} against float64, {_said(batches)}",
+        )  # fmt: skip
 
     return run
 
 
 def _kernel_stage(how: str, dtype: str) -> HeadStage:
-    name = f"kernels/{how}-{dtype}"
-
     def run(v: HeadValidator) -> Stage:
-        custom_ops, layers = some_layers(custom_kernels(how), v.llama.num_hidden_layers)
-        evaluator = GraphEvaluator(v.bundle.model_path, dtype=getattr(torch, dtype), custom_ops=custom_ops)
+        layers, torch_dtype = some_layers(v.llama.num_hidden_layers), getattr(torch, dtype)
+        evaluator = GraphEvaluator(
+            v.bundle.model_path, dtype=torch_dtype, custom_ops=custom_kernels(how), custom_layers=layers
+        )
         batches = v.texts(min(v.width, KERNEL_TOKENS))
-        got = v.evaluator_run(evaluator)
-        what = f"the graph with its ops by {BY[how]}"
-        if dtype != "float32":
-            return _against_noise(v, name, dtype, got, batches[:1] if v.follows_length else batches, what)
-        return judge(
-            name, difference(v.compare(got, v.reference64, batches)), limit=FLOAT32_LIMIT, why=FLOAT32_WHY,
-            reason=f"{what} in float32 against the float64 reference: {_said(batches)}",
-            layers=[float(layer) for layer in layers],
+        return judge_noise(
+            f"kernels/{how}-{dtype}", v.measured(v.evaluator_run(evaluator), torch_dtype, batches),
+            dtype=dtype, bundle_dtype=v.bundle.dtype, layers=[float(layer) for layer in layers],
+            reason=f"the graph in {dtype} with its ops by {BY[how]}, against float64, {_said(batches)}",
         )  # fmt: skip
 
     return run
 
 
 def engine_execution(v: HeadValidator) -> list[Stage]:
-    """The texts on the GPU against the float64 reference."""
+    """The texts on the GPU, held to the noise floor of the bundle's dtype."""
     if not v.bundle.engines:
         raise NotRun("no engine in this bundle; make one with `llama-export build`")
     stages = []
@@ -336,11 +374,11 @@ def engine_execution(v: HeadValidator) -> list[Stage]:
             stages.append(Stage(name=name, verdict="not-run", reason=blocker))
             continue
         batches = v.texts(min(v.width, facts.max_seq_len), min(3, facts.max_batch))
-        found = difference(v.compare(EngineHeadSession(v.bundle, path).run, v.reference64, batches))
+        measured = v.measured(EngineHeadSession(v.bundle, path).run, getattr(torch, v.bundle.dtype), batches)
         stages.append(
-            judge(
-                name, found, limit=ENGINE_LIMITS[v.bundle.dtype], why=ENGINE_WHY,
-                reason=f"on the GPU against the float64 reference: {_said(batches)}",
+            judge_noise(
+                name, measured, dtype=v.bundle.dtype, bundle_dtype=v.bundle.dtype,
+                reason=f"on the GPU in {v.bundle.dtype} against float64, {_said(batches)}",
             )
         )  # fmt: skip
     return stages
@@ -349,6 +387,9 @@ def engine_execution(v: HeadValidator) -> list[Stage]:
 HeadStage = Callable[[HeadValidator], Stage | list[Stage]]
 HEAD_STAGES: dict[str, HeadStage] = {
     "reference/transformers": reference_transformers,
+    "reference/rope": reference_rope,
+    "reference/program": reference_program,
+    "graph/rope": graph_rope,
     "graph/float64-eager": _graph_stage(
         "graph/float64-eager", lambda bundle: bundle.model_path, "eager", "their eager maths"
     ),
@@ -359,9 +400,10 @@ HEAD_STAGES: dict[str, HeadStage] = {
         "graph/float64-ort-bodies", lambda bundle: bundle.onnxruntime_path, "bodies",
         "the function bodies of model.onnxruntime.onnx",
     ),
+    "graph/rows": graph_rows,
     "onnxruntime/texts": onnxruntime_texts,
     "onnxruntime/rows": onnxruntime_rows,
-    "onnxruntime/transformers": onnxruntime_transformers,
+    "onnxruntime/repeat": onnxruntime_repeat,
     "evaluator/bfloat16": _noise_stage("bfloat16"),
     "evaluator/float16": _noise_stage("float16"),
     **{

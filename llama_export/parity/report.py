@@ -109,6 +109,8 @@ def junit_from_report(report: ParityReport) -> bytes:
                 said = f"{stage.tolerance.metric} {_short(error)}, limit {_short(limit)}, {_margin(stage)}"
                 failure.set("message", f"{stage.reason} ({said})")
                 facts += f"\nwhy this limit: {stage.tolerance.why}"
+            if stage.first_divergence:
+                facts += f"\nfirst divergence: {_place(stage.first_divergence)}"
             failure.text = f"{facts}\nworst element: {_worst(stage) or 'not known'}"
         elif stage.verdict == "not-run":
             ET.SubElement(element, "skipped", message=stage.reason)
@@ -159,6 +161,8 @@ def print_summary(report: ParityReport, console: Console) -> None:
     for part in (table, details):
         if part.row_count:
             console.print(part)
+    if report.first_divergence:
+        console.print(text(f"first divergence: {_place(report.first_divergence)}", "fail"))
     if report.missing:
         console.print(text(f"required but not run: {', '.join(report.missing)}", "fail"))
     console.print(text(f"{_WORDS[report.verdict]}: {_tally(report)}", report.verdict))
@@ -199,6 +203,11 @@ def _worst(stage: Stage) -> str:
     index = ", ".join(map(str, worst.index))
     digits = 8 if f"{worst.got:.8g}" != f"{worst.want:.8g}" else 17  # float64 stages differ further down
     return f"{layer}{worst.tensor}[{index}]: got {worst.got:.{digits}g}, want {worst.want:.{digits}g}"
+
+
+def _place(divergence: Mapping[str, Any]) -> str:
+    """Where a fault begins, in one line."""
+    return ", ".join(f"{key} {_value(item)}" for key, item in divergence.items())
 
 
 def _counts(report: ParityReport) -> dict[str, int]:

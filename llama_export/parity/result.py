@@ -53,6 +53,8 @@ class Stage:
     seconds: float = 0.0
     series: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Per-step values for the plots, e.g. the error of each decode step."""
+    first_divergence: Mapping[str, Any] | None = None
+    """Of a failed stage, where it is known: ``layer``, ``op``, ``node``, ``tensor`` and ``error``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,12 @@ class ParityReport:
     """UTC, ISO 8601."""
     deviations: tuple[str, ...] = ()
     """Deliberate differences from Hugging Face, in words."""
-    first_divergence: Mapping[str, Any] | None = None
+
+    @property
+    def first_divergence(self) -> Mapping[str, Any] | None:
+        """Where the first failed stage that knows leaves its limit; stages stand in the order a fault travels."""
+        known = (stage.first_divergence for stage in self.stages if stage.verdict == "fail")
+        return next((place for place in known if place is not None), None)
 
     @property
     def missing(self) -> list[str]:
@@ -94,7 +101,8 @@ class ParityReport:
             "schema_version": SCHEMA_VERSION,
             "verdict": self.verdict,
             "missing": self.missing,
-            **_finite({key: data[key] for key in ("created_at", "model", "required", "stages", "first_divergence")}),
+            **_finite({key: data[key] for key in ("created_at", "model", "required", "stages")}),
+            "first_divergence": _finite(self.first_divergence),
             **{key: data[key] for key in ("deviations", "environment", "hashes")},
         }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from llama_export.config import LlamaConfig
 from llama_export.kv_cache import cache_names, cache_shape
 from llama_export.model import LlamaForCausalLM
+from llama_export.parity.calls import Answers, Call
 from llama_export.parity.evaluator import GraphEvaluator
 
 Array = NDArray[Any]
@@ -136,17 +137,12 @@ class TransformersSession:
         return to_numpy(entry.keys if part == "key" else entry.values)
 
 
-def trajectory(session: Session, ids: Sequence[int], prompt: int) -> Array:
-    """Logits of all positions: a prefill of ``prompt`` tokens, then one teacher-forced decode step per further token.
-
-    Returns:
-        [len(ids), V]
-    """
-    tokens = np.asarray(ids, np.int64)[None]
-    parts = [session.step(tokens[:, :prompt], logits_index=np.arange(prompt)[None])]
-    parts += [session.step(tokens[:, at : at + 1]) for at in range(prompt, tokens.shape[1])]
-    joined: Array = np.concatenate(parts, axis=1)[0]
-    return joined
+def answers(session: Session, calls: Sequence[Call], names: Sequence[str]) -> Answers:
+    """What a session makes of the calls; ``names`` are the cache tensors to keep."""
+    logits = [
+        session.step(one.input_ids, sequence_length=one.sequence_length, logits_index=one.logits_index) for one in calls
+    ]
+    return Answers.to(calls, logits, {name: np.array(session.cache_array(name)) for name in names})
 
 
 def to_numpy(tensor: Tensor) -> Array:

@@ -1,0 +1,160 @@
+"""The oracle of every tensor: the reference model's own trace, run in float64 with the checkpoint's weights.
+
+Role: what a graph is compared with, tensor by tensor. The trace is made anew from the reference model, here and now; it
+shares with the exported graph neither the conversion to ONNX nor the evaluator. A stage of its own shows that it computes
+what the reference computes.
+
+Numerics: as :mod:`llama_export.parity.evaluator`: in float64 everything is float64 (RoPE's frequencies are the float32
+ones, widened, and constants are float32 values, as in the graph); at 16 bits, what the model computes in float32 stays float32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, fx
+
+from llama_export.checkpoint import Checkpoint
+from llama_export.config import Task, float32_value
+from llama_export.export import trace_program
+from llama_export.graph_io import INTERFACES
+from llama_export.model.loading import read_tensor
+from llama_export.model.rope import rope_buffers
+from llama_export.parity.evaluator import evaluation_dtype
+from llama_export.parity.lockstep import Step, lockstep
+
+_ROPE = "model.rotary_emb."
+_SKIPPED = ("_assert_tensor_metadata", "promote_types")
+"""Checks and type arithmetic of the tracer; no value depends on them."""
+
+
+class ReferenceProgram:
+    """The traced reference of a checkpoint.
+
+    Args:
+        checkpoint: its weights are memory-mapped and converted one at a time.
+        task: whose head.
+        dtype: the bundle's; the trace holds the casts it implies.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, task: Task, dtype: str) -> None:
+        self._checkpoint = checkpoint
+        config = checkpoint.config
+        program = trace_program(config, dtype, task)
+        signature = program.graph_signature
+        self._constants = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self._buffers = rope_buffers(config)
+        interface = INTERFACES[task]
+        self.outputs = interface.output_names(config)
+        """Names of the results, as the graph's."""
+        self._nodes = [node for node in program.graph.nodes if node.op == "call_function" and not _is_skipped(node)]
+        placeholders = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+        self._inputs = dict(
+            zip(
+                [name for name in placeholders if name not in self._constants],
+                interface.input_names(config),
+                strict=True,
+            )
+        )
+        (end,) = (node for node in program.graph.nodes if node.op == "output")
+        self._results = dict(zip((node.name for node in end.args[0]), self.outputs, strict=True))
+
+    def stream(
+        self, calls: Sequence[Mapping[str, Tensor]], carry: Mapping[str, str], dtype: torch.dtype
+    ) -> Iterator[tuple[str, list[Any]]]:
+        """Runs several calls together at a precision.
+
+        Args:
+            calls, carry: as for :meth:`llama_export.parity.evaluator.GraphEvaluator.stream`.
+            dtype: float64, float32, float16 or bfloat16.
+
+        Yields:
+            (name of the value in the trace, or of the result in the graph; its value in every call).
+        """
+        steps = [self._step(node, dtype) for node in self._nodes]
+
+        def constant(name: str, _: Step) -> Tensor:
+            return self._constant(self._constants[name], dtype)
+
+        return lockstep(steps, calls, carry=carry, constant=constant, outputs=self.outputs)
+
+    def _constant(self, name: str, dtype: torch.dtype) -> Tensor:
+        if name.startswith(_ROPE):
+            return self._buffers[name.removeprefix(_ROPE)].to(evaluation_dtype(torch.float32, dtype))
+        if name == "lm_head.weight" and self._checkpoint.config.tie_word_embeddings:
+            name = "model.embed_tokens.weight"
+        return read_tensor(self._checkpoint.folder, self._checkpoint.tensors[name]).to(dtype)
+
+    def _name(self, node: fx.Node) -> str:
+        """A value's name here: that of the graph for inputs and results, else the tracer's."""
+        return self._results.get(node.name) or self._inputs.get(node.name) or node.name
+
+    def _step(self, node: fx.Node, dtype: torch.dtype) -> Step:
+        read = node.all_input_nodes
+
+        def compute(values: list[Any]) -> Sequence[Any]:
+            known = dict(zip(read, values, strict=True))
+            arguments = fx.map_arg((node.args, node.kwargs), lambda item: known[item])
+            positional, named = _on_cpu(arguments, dtype)
+            return (node.target(*positional, **named),)  # type: ignore[operator]
+
+        return Step(node.name, tuple(self._name(item) for item in read), (self._name(node),), compute)
+
+    def names_in(self, graph: onnx.GraphProto) -> dict[str, str]:
+        """Value name here -> tensor name in an exported graph.
+
+        Both keep, for every value, the module it was computed in and what computed it, so the second ``linear`` of a
+        module here is the second one there. Graph outputs keep their names. Tensors that the conversion to ONNX added
+        (``val_7``) have no counterpart and are left out.
+        """
+        ours = _keyed((_module(node), self._name(node)) for node in self._nodes)
+        theirs = _keyed((_scope(node.name), name) for node in graph.node for name in node.output)
+        found = {ours[key]: theirs[key] for key in ours.keys() & theirs.keys()}
+        written = {name for node in graph.node for name in node.output}
+        return {**found, **{name: name for name in self.outputs if name in written}}
+
+
+def _is_skipped(node: fx.Node) -> bool:
+    return any(part in str(node.target) for part in _SKIPPED)
+
+
+def _on_cpu(arguments: Any, dtype: torch.dtype) -> Any:
+    """The tracer's arguments: on the CPU instead of the meta device, floats at the evaluation's dtype."""
+    if isinstance(arguments, torch.device):
+        return torch.device("cpu")
+    if isinstance(arguments, torch.dtype) and arguments.is_floating_point:
+        return evaluation_dtype(arguments, dtype)
+    if isinstance(arguments, float):
+        return float32_value(arguments)  # what a constant of the graph holds
+    if isinstance(arguments, (list, tuple)):
+        return type(arguments)(_on_cpu(item, dtype) for item in arguments)
+    if isinstance(arguments, dict):
+        return {key: _on_cpu(item, dtype) for key, item in arguments.items()}
+    return arguments
+
+
+def _module(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if path]
+    return paths[-1] if paths else "model"
+
+
+def _scope(node_name: str) -> str:
+    return node_name.rpartition("/")[0]
+
+
+def _keyed(values: Iterator[tuple[str, str]] | Any) -> dict[tuple[str, str, int], str]:
+    """(module, what it is, how many of these the module had before) -> name, for values the tracer named."""
+    seen: Counter[tuple[str, str]] = Counter()
+    found = {}
+    for module, name in values:
+        base = re.sub(r"_\d+$", "", name)
+        base = {"to": "_to_copy"}.get(base, base)
+        found[module, base, seen[module, base]] = name
+        seen[module, base] += 1
+    return found
