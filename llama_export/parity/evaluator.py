@@ -96,6 +96,10 @@ class GraphEvaluator:
         """The dtype of the KV cache and the weights in this evaluation."""
         return self._dtype or next(iter(self._float_inputs.values()), None) or self._declared_dtype()
 
+    def run_op(self, node: onnx.NodeProto, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """One custom op of this graph, computed as in a run, on inputs of the caller's."""
+        return self._evaluate(node, list(inputs), None)
+
     @property
     def graph(self) -> onnx.GraphProto:
         """What is evaluated."""
@@ -204,8 +208,11 @@ class GraphEvaluator:
 
     def _read_initializer(self, item: onnx.TensorProto) -> Tensor:
         if item.data_location != onnx.TensorProto.EXTERNAL:
-            tensor = torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
-            return tensor.to(self._float(tensor.dtype)) if tensor.is_floating_point() else tensor
+            array = onnx.numpy_helper.to_array(item)
+            if item.data_type not in _FLOATS:
+                return torch.from_numpy(array.copy())
+            declared = _FLOATS[item.data_type]  # NumPy's bfloat16 is none of PyTorch's
+            return torch.from_numpy(array.astype(np.float64)).to(declared).to(self._float(declared))
         place = {entry.key: entry.value for entry in item.external_data}
         dtype = _FLOATS[item.data_type]
         entry = TensorEntry(
@@ -405,16 +412,23 @@ def _range(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
 def _rms_normalization(
     data: Tensor, scale: Tensor, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
 ) -> Tensor:
-    if axis not in (-1, data.ndim - 1) or stash_type != 1:
-        raise ValueError(f"axis {axis}, stash_type {stash_type}: only the last axis and float32 are implemented")
+    if axis not in (-1, data.ndim - 1) or stash_type not in _FLOATS:
+        raise ValueError(f"axis {axis}, stash_type {stash_type}: only the last axis and float types are implemented")
+    inside = _FLOATS[stash_type]
+    if inside in _SIXTEEN_BIT and data.dtype in _SIXTEEN_BIT:  # a wider evaluation has no narrower interior
+        root = torch.rsqrt(data.to(inside).square().mean(-1, keepdim=True) + epsilon)
+        return (data.to(inside) * root).to(data.dtype) * scale
     return rms_norm_eager(data, scale, epsilon)
 
 
 def _rotary_embedding(data: Tensor, cos: Tensor, sin: Tensor, interleaved: int = 0) -> Tensor:
-    """[B, N, S, D] with cos, sin [B, S, D/2]"""
-    if data.ndim != 4 or interleaved:
-        raise ValueError("only half-split rotation of [B, N, S, D] is implemented")
-    return rotate(data, cos, sin)
+    """[B, N, S, D] with cos, sin [B, S, D/2]; interleaved: pairs are (2i, 2i + 1) instead of (i, i + D/2)."""
+    if data.ndim != 4:
+        raise ValueError("only [B, N, S, D] is implemented")
+    if not interleaved:
+        return rotate(data, cos, sin)
+    halves = torch.cat((data[..., 0::2], data[..., 1::2]), dim=-1)
+    return torch.stack(rotate(halves, cos, sin).chunk(2, dim=-1), dim=-1).flatten(-2)
 
 
 def _tensor_scatter(
@@ -443,6 +457,7 @@ def _attention(
     nonpad_kv_seqlen: Tensor | None = None,
     is_causal: int = 0,
     scale: float | None = None,
+    softmax_precision: int | None = None,
 ) -> Tensor:
     """[B, H, S, D], [B, G, C, D] -> [B, H, S, D]; with ``nonpad_kv_seqlen`` [B] causality ends at the valid length."""
     if past_key is not None or past_value is not None or query.ndim != 4:
@@ -465,7 +480,11 @@ def _attention(
     grouped = query.to(wide).reshape(B, G, H // G, S, D)
     scores = grouped @ key.to(wide).unsqueeze(2).transpose(-1, -2) * factor
     scores = scores.masked_fill(~allowed.unsqueeze(1), -torch.inf)
-    weights = torch.where(allowed.any(-1, keepdim=True).unsqueeze(1), scores.softmax(-1), 0.0)
+    inside = scores.dtype if softmax_precision is None else _FLOATS[softmax_precision]
+    if inside in _SIXTEEN_BIT and query.dtype not in _SIXTEEN_BIT:
+        inside = scores.dtype  # a wider evaluation has no narrower interior
+    softmax = scores.to(inside).softmax(-1).to(wide)
+    weights = torch.where(allowed.any(-1, keepdim=True).unsqueeze(1), softmax, 0.0)
     return (weights @ value.to(wide).unsqueeze(2)).reshape(B, H, S, -1).to(query.dtype)
 
 
@@ -508,6 +527,12 @@ def _reduce_max(data: Tensor, axes: Tensor | None = None, keepdims: int = 1, noo
     return torch.amax(data, [int(axis) for axis in axes], keepdim=bool(keepdims))
 
 
+def _reduce_mean(data: Tensor, axes: Tensor | None = None, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
+    if axes is None or axes.numel() == 0:
+        raise ValueError("only reductions over given axes are implemented")
+    return torch.mean(data, [int(axis) for axis in axes], keepdim=bool(keepdims))
+
+
 def _slice(
     data: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, steps: Tensor | None = None
 ) -> Tensor:
@@ -546,10 +571,12 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "HardSwish": torch.nn.functional.hardswish,
     "Identity": lambda data: data,
     "LeakyRelu": lambda data, alpha=0.01: torch.nn.functional.leaky_relu(data, alpha),
+    "Less": _same_type(torch.lt),
     "LessOrEqual": _same_type(torch.le),
     "MatMul": torch.matmul,
     "Mish": torch.nn.functional.mish,
     "Mul": _same_type(torch.mul),
+    "Neg": torch.neg,
     "Not": torch.logical_not,
     "Or": _same_type(torch.logical_or),
     "Pow": _pow,
@@ -557,6 +584,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Range": _range,
     "Reciprocal": torch.reciprocal,
     "ReduceMax": _reduce_max,
+    "ReduceMean": _reduce_mean,
     "Relu": torch.relu,
     "Reshape": _reshape,
     "RotaryEmbedding": _rotary_embedding,
@@ -564,6 +592,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Sigmoid": torch.sigmoid,
     "Sin": torch.sin,
     "Slice": _slice,
+    "Sqrt": torch.sqrt,
     "Squeeze": _squeeze,
     "Sub": _same_type(torch.sub),
     "Tanh": torch.tanh,

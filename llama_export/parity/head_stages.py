@@ -49,6 +49,7 @@ try:
     from llama_export.parity.calls import Pairs
     from llama_export.parity.evaluator import CustomOps, GraphEvaluator
     from llama_export.parity.locate import Trace, tensor_errors
+    from llama_export.parity.op_stages import op_stage
     from llama_export.parity.rope_stages import graph_rope, reference_rope
     from llama_export.parity.sessions import to_numpy
 except ModuleNotFoundError as err:
@@ -390,6 +391,7 @@ HEAD_STAGES: dict[str, HeadStage] = {
     "reference/rope": reference_rope,
     "reference/program": reference_program,
     "graph/rope": graph_rope,
+    "ops/bodies": op_stage("bodies"),
     "graph/float64-eager": _graph_stage(
         "graph/float64-eager", lambda bundle: bundle.model_path, "eager", "their eager maths"
     ),
@@ -411,6 +413,7 @@ HEAD_STAGES: dict[str, HeadStage] = {
         for how in ("interpreter", "enqueue")
         for dtype in ("float32", "bfloat16", "float16")
     },
+    **{f"ops/{how}": op_stage(how) for how in ("interpreter", "enqueue")},
     "engine/structure": engine_structure,
     "engine/execution": engine_execution,
 }  # fmt: skip

@@ -253,9 +253,10 @@ def judge_noise(
             f"transformers' own model gives {overflowed} values that are not finite in {dtype}: no noise floor"
         )
     worse = max(measured, key=lambda item: item.share)
+    shown = sorted(measured, key=lambda item: -item.share)[:2]
     said = "; ".join(
         f"{item.name} {item.l2_ratio:.2f} x the noise floor in L2, {item.max_ratio:.2f} x in the maximum"
-        for item in measured
+        for item in shown
     )
     return Stage(
         name=name,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -29,6 +29,11 @@ from llama_export.parity.evaluator import evaluation_dtype
 from llama_export.parity.lockstep import Step, lockstep
 
 _ROPE = "model.rotary_emb."
+_INNER: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "aten.linear.default": ("MatMul", lambda x, weight, bias=None: x @ weight.T),
+    "aten.silu.default": ("Sigmoid", torch.sigmoid),
+}
+"""Operators of the trace that are two nodes of the graph -> the first node and what it computes."""
 _SKIPPED = ("_assert_tensor_metadata", "promote_types")
 """Checks and type arithmetic of the tracer; no value depends on them."""
 
@@ -95,15 +100,18 @@ class ReferenceProgram:
         return self._results.get(node.name) or self._inputs.get(node.name) or node.name
 
     def _step(self, node: fx.Node, dtype: torch.dtype) -> Step:
-        read = node.all_input_nodes
+        read, inner = node.all_input_nodes, _inner(node)
 
         def compute(values: list[Any]) -> Sequence[Any]:
             known = dict(zip(read, values, strict=True))
             arguments = fx.map_arg((node.args, node.kwargs), lambda item: known[item])
             positional, named = _on_cpu(arguments, dtype)
-            return (node.target(*positional, **named),)  # type: ignore[operator]
+            first = (inner[1](*positional),) if inner else ()
+            return (*first, node.target(*positional, **named))  # type: ignore[operator]
 
-        return Step(node.name, tuple(self._name(item) for item in read), (self._name(node),), compute)
+        name = self._name(node)
+        written = (f"{name}/inner", name) if inner else (name,)
+        return Step(node.name, tuple(self._name(item) for item in read), written, compute)
 
     def names_in(self, graph: onnx.GraphProto) -> dict[str, str]:
         """Value name here -> tensor name in an exported graph.
@@ -115,8 +123,21 @@ class ReferenceProgram:
         ours = _keyed((_module(node), self._name(node)) for node in self._nodes)
         theirs = _keyed((_scope(node.name), name) for node in graph.node for name in node.output)
         found = {ours[key]: theirs[key] for key in ours.keys() & theirs.keys()}
+        makers = {name: node for node in graph.node for name in node.output}
+        for node in self._nodes:
+            inner, outer = _inner(node), found.get(self._name(node))
+            if inner and outer:
+                read = [name for name in makers[outer].input if name in makers]
+                found |= {f"{self._name(node)}/inner": name for name in read if makers[name].op_type == inner[0]}
         written = {name for node in graph.node for name in node.output}
         return {**found, **{name: name for name in self.outputs if name in written}}
+
+
+def _inner(node: fx.Node) -> tuple[str, Callable[..., Tensor]] | None:
+    """The first of the two graph nodes that one traced operator becomes."""
+    if str(node.target) == "aten.linear.default" and len(node.args) < 3:
+        return None  # without a bias the product is the result
+    return _INNER.get(str(node.target))
 
 
 def _is_skipped(node: fx.Node) -> bool:
@@ -145,7 +166,7 @@ def _module(node: fx.Node) -> str:
 
 
 def _scope(node_name: str) -> str:
-    return node_name.rpartition("/")[0]
+    return node_name.partition("/")[0]
 
 
 def _keyed(values: Iterator[tuple[str, str]] | Any) -> dict[tuple[str, str, int], str]:

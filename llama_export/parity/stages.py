@@ -67,6 +67,7 @@ try:
     )
     from llama_export.parity.evaluator import CustomOps, GraphEvaluator
     from llama_export.parity.locate import Trace, tensor_errors
+    from llama_export.parity.op_stages import op_stage
     from llama_export.parity.rope_stages import graph_rope, reference_rope
     from llama_export.parity.sessions import TransformersSession, answers, reference_session, to_numpy
 except ModuleNotFoundError as err:
@@ -629,6 +630,7 @@ STAGES: dict[str, Callable[[CausalValidator], Stage | list[Stage]]] = {
     "reference/rope": reference_rope,
     "reference/program": reference_program,
     "graph/rope": graph_rope,
+    "ops/bodies": op_stage("bodies"),
     "graph/float64-eager": _graph_stage("graph/float64-eager", _model, "eager", "their eager maths"),
     "graph/float64-bodies": _graph_stage("graph/float64-bodies", _model, "bodies", "the function bodies of model.onnx"),
     "graph/float64-ort-bodies": _graph_stage(
@@ -651,6 +653,7 @@ STAGES: dict[str, Callable[[CausalValidator], Stage | list[Stage]]] = {
         for dtype in ("float32", "bfloat16", "float16")
     },
     **{f"kernels/{how}-poisoned-cache": _kernel_poisoned(how) for how in ("interpreter", "enqueue")},
+    **{f"ops/{how}": op_stage(how) for how in ("interpreter", "enqueue")},
     "engine/structure": engine_structure,
     "engine/execution": engine_execution,
 }

@@ -46,7 +46,7 @@ def validate_bundle(
         if config.stages and not any(matches(name, selector) for selector in config.stages):
             stages.append(Stage(name=name, verdict="not-run", reason="not selected by --stages"))
             continue
-        for stage in _run_stage(name, run, validator):
+        for stage in run_stage(name, run, validator):
             log(f"validate: {stage.name}: {stage.verdict} ({stage.seconds:.1f} s)")
             stages.append(stage)
     return ParityReport(
@@ -86,7 +86,7 @@ def _name(bundle: Bundle) -> str:
     return bundle.folder.resolve().name
 
 
-def _run_stage(name: str, run: Callable[[Any], Stage | list[Stage]], validator: Validator) -> list[Stage]:
+def run_stage(name: str, run: Callable[[Any], Stage | list[Stage]], validator: Validator) -> list[Stage]:
     """A stage that raises what a user can act on has failed; only a stated reason makes it ``not-run``."""
     start = time.perf_counter()
     try:
