@@ -2,6 +2,7 @@
 # make test   the tests, CPU only
 # make check  ruff, mypy
 # make plugins  the TensorRT plugin library alone
+# make faults proves the validator: every fault in random models, none in healthy ones; writes docs/faults.md
 # make gpu    kernels and plugin library on this machine's GPU; report under reports/gpu
 #
 # Needs Python 3.11+ with venv, make and a C++17 compiler. Everything is installed into .venv, in versions pinned by constraints.txt.
@@ -14,7 +15,7 @@ BIN    := $(VENV)/bin
 BUNDLE := build/tiny-llama
 REPORT := build/report
 
-.PHONY: demo test check plugins gpu bench constraints clean
+.PHONY: demo test check plugins faults gpu bench constraints clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -41,6 +42,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# About 20 minutes on two cores.
+faults: $(VENV)/.plugins
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/faults.py --write
 
 # For a machine with a GPU, bare or not: whatever Python is there, and the plugins it has or that build/plugins holds.
 gpu:

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 EXIT_CODES = """\b
 Exit codes:
   0  done; for `validate`: every stage that ran passed
-  1  `validate`: a stage failed, or a required one did not run
+  1  `validate`: a stage failed, or a required one did not run; `reproduce`: the operation is still wrong
   2  your input: config, checkpoint, flags, a file that does not match
   3  this machine: a missing package, driver, GPU or disk space
   4  a bug in llama-export
+  5  `report diff`: drift; the new report says less, or worse, than the old one
 """
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 _PATH = click.Path(path_type=Path)
@@ -289,12 +290,17 @@ def _token_list(text: str) -> list[int]:
 )
 @click.option("--require", default="", metavar="NAME,...", help="Fail if one of these did not run.")
 @click.option("--steps", type=click.IntRange(1), default=32, metavar="TOKENS", help="Teacher-forced decode steps.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the random tokens.")
+@click.option(
+    "--text", type=_PATH, metavar="FILE", help="UTF-8 text for text/*: perplexity and KL divergence of its beginning."
+)
 @click.option("--report", type=_PATH, metavar="DIR", help="Where the report goes.  [default: BUNDLE/report]")
 @_ignore_hashes
 @_json_flag
 def validate(
-    bundle: Path, stages: str, require: str, steps: int, report: Path | None, ignore_hashes: bool, as_json: bool
-) -> None:
+    bundle: Path, stages: str, require: str, steps: int, seed: int, text: Path | None, report: Path | None, ignore_hashes: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Prove, stage by stage, that BUNDLE computes what the checkpoint computes."""
     from rich.console import Console
 
@@ -303,10 +309,14 @@ def validate(
     from llama_export.parity.report import print_summary, require_plots, write_report
     from llama_export.parity.validate import validate_bundle
 
-    config = ValidateConfig(stages=_names(stages), require=_names(require), steps=steps)
+    folder = report if report is not None else bundle / "report"
+    opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
+    config = ValidateConfig(
+        stages=_names(stages), require=_names(require), steps=steps, seed=seed, text=text, cases=folder / "operations"
+    )
     require_plots()  # minutes of work must not end without the report
-    found = validate_bundle(load_bundle(bundle, ignore_hashes=ignore_hashes), config, log=_log)
-    files = write_report(found, report if report is not None else bundle / "report")
+    found = validate_bundle(opened, config, log=_log)
+    files = write_report(found, folder)
     if as_json:
         _print(found.to_json(), True, "")
     else:
@@ -318,6 +328,69 @@ def validate(
 
 class _ParityFailed(Exception):
     """A result, not an error: exit code 1."""
+
+
+@cli.command()
+@click.argument("case", type=_PATH)
+@_json_flag
+def reproduce(case: Path, as_json: bool) -> None:
+    """Run one operation again that `validate` found at fault, from the inputs it saved in CASE.
+
+    Exit code 1 while it is still wrong.
+    """
+    from llama_export.parity.case import reproduce_case
+    from llama_export.parity.result import json_numbers
+
+    saved, found, wrong = reproduce_case(case)
+    data = {
+        "op": saved.op, "node": saved.node, "layer": saved.layer, "tensor": saved.tensor, "stage": saved.stage, "call": saved.call,
+        "runtime": saved.runtime, "dtype": saved.dtype, "custom_ops": saved.custom_ops, "wrong": wrong,
+        "relative_l2": found.relative_l2, "limit_relative_l2": saved.limit_relative_l2,
+        "relative_max": found.relative, "limit_relative_max": saved.limit_relative_max, "nonfinite": found.nonfinite,
+        "worst": dataclasses.asdict(found.worst),
+    }  # fmt: skip
+    data = json_numbers(data)
+    _print(data, as_json, "\n".join(_lines(data)))
+    if wrong:
+        raise _ParityFailed
+
+
+@cli.group(context_settings=_CONTEXT)
+def report() -> None:
+    """Work with the reports that `validate` writes."""
+
+
+@report.command()
+@click.argument("old", type=_PATH)
+@click.argument("new", type=_PATH)
+@click.option(
+    "--factor", type=click.FloatRange(1), default=2.0, metavar="TIMES",
+    help="Drift is an error that uses more than so many times its former share of the limit.",
+)  # fmt: skip
+@click.option("--markdown", type=_PATH, metavar="FILE", help="Write the result as a comment for a pull request, too.")
+@_json_flag
+def diff(old: Path, new: Path, factor: float, markdown: Path | None, as_json: bool) -> None:
+    """Compare two reports of one model, parity.json or its folder: exit code 5 if NEW says less, or worse, than OLD."""
+    from rich.console import Console
+
+    from llama_export.bundle import write_atomically
+    from llama_export.parity.diff import diff_reports
+    from llama_export.parity.reading import report_from_json
+    from llama_export.parity.report import markdown_from_diff, print_diff
+
+    found = diff_reports(report_from_json(old), report_from_json(new), factor=factor)
+    if markdown is not None:
+        write_atomically(markdown, markdown_from_diff(found).encode())
+    if as_json:
+        _print(found.to_json(), True, "")
+    else:
+        print_diff(found, Console())
+    if found.drifted:
+        raise _Drifted
+
+
+class _Drifted(Exception):
+    """A result, not an error: exit code 5."""
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -492,6 +565,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return done.exit_code
     except _ParityFailed:
         return 1
+    except _Drifted:
+        return 5
     except click.ClickException as err:
         err.show()
         _print_error(arguments, err.format_message(), exit_code=2)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -40,6 +41,8 @@ PLUGIN_VERSION = "1"
 """Version of every plugin creator; the ``version`` of the ops in ``llama_export/ops``."""
 NAMESPACE = ""
 """Creators in any other namespace are silently missed by the parser when the model holds a function of that name."""
+INTERPRETER = "3.9."
+"""Prefix of the Triton versions whose interpreter is relied on: 3.6's fails with NumPy 2.5, and each differs inside."""
 _INSTALL = "pip install ./plugins, or build an engine without plugin layers: --ops native"
 _REINSTALL = "pip install --force-reinstall ./plugins, or build an engine without plugin layers: --ops native"
 _ATTENTION, _MASKED_ATTENTION = "LlamaAttention", "LlamaMaskedAttention"
@@ -229,11 +232,21 @@ def take_library_error(library: PluginLibrary) -> str | None:
     return buffer.value.decode("utf-8", "replace") if take(buffer, len(buffer)) > 0 else None
 
 
-def kernels_installed() -> str | None:
-    """Why the plugins' kernels cannot be run in this Python; None if they can."""
-    for package, hint in ((PACKAGE, "pip install './plugins[interpreter]'"), ("triton", "pip install triton")):
-        if importlib.util.find_spec(package) is None:
-            return f"the Python package `{package}` is not installed; {hint}"
+def kernels_installed(*, interpreted: bool = True) -> str | None:
+    """Why the plugins' kernels cannot be run in this Python; None if they can.
+
+    Args:
+        interpreted: on the CPU, under Triton's interpreter. Else the library's compiled kernels, which need no Triton.
+    """
+    if importlib.util.find_spec(PACKAGE) is None:
+        return f"the Python package `{PACKAGE}` is not installed; pip install './plugins[interpreter]'"
+    if not interpreted:
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return f"the Python package `triton` is not installed; pip install 'triton=={INTERPRETER}*'"
+    found = importlib.metadata.version("triton")
+    if not found.startswith(INTERPRETER):
+        return f"the interpreter of triton {found} is not the one this was proven with; pip install 'triton=={INTERPRETER}*'"
     return None
 
 

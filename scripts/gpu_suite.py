@@ -2,14 +2,15 @@
 
     python scripts/gpu_suite.py [--report reports/gpu] [--rehearse]
 
-Three parts, each over the cases of tests/plugins/kernel_cases.py: the Triton kernels, compiled on the spot; the plugin
-library's own `enqueue`, with the compiled kernels that it carries and the real driver; and, where TensorRT-RTX supports
-the card and is installed, the engine stages of `validate`. What cannot run is written down as "not run" with its reason.
+Over the cases of tests/plugins/kernel_cases.py: the Triton kernels, compiled on the spot; and the plugin library's own
+`enqueue`, with the compiled kernels that it carries and the real driver. Then over tiny-llama, exported here: the stages
+`kernels/gpu-*` and `ops/gpu` of `validate`, the whole graph with its ops by the library on the GPU; and, where TensorRT-RTX
+supports the card and is installed, the engine stages. What cannot run is written down as "not run" with its reason.
 
-Needs Python 3.11+, torch, triton, numpy and the plugin package: installed (`pip install ./plugins`), or brought along in
-build/plugins (`pip install --no-deps --target build/plugins ./plugins` on another machine). No network, no compiler, no
-pytest. `--rehearse` runs the same code on the CPU, under the interpreter and a
-stand-in driver, to show that the suite itself works; its report says so and is not put under reports/gpu.
+Needs Python 3.11+, torch, triton, numpy (for tiny-llama also the extras `export` and `parity`), and the plugin package:
+installed (`pip install ./plugins`), or brought along in build/plugins (`pip install --no-deps --target build/plugins
+./plugins` on another machine). No network, no compiler, no pytest. `--rehearse` runs the same code on the CPU, under the
+interpreter and a stand-in driver, to show that the suite itself works; its report says so and is not put under reports/gpu.
 
 Exit code: 0 everything that ran passed; 1 something failed; 3 no GPU.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -97,42 +99,63 @@ def enqueue_ops(rehearse: bool, aliased: bool) -> Ops:
     return found
 
 
-def engine_part() -> dict[str, Any]:
-    """Export, build and validate tiny-llama with a plugin engine, where this card can run one."""
-    name = "engine"
-    try:
-        from llama_export.engine import execution_blocker
-    except ImportError as err:
-        return {"name": name, "verdict": "not-run", "reason": f"llama_export is not installed here: {err}"}
-    if (blocker := execution_blocker("tensorrt-rtx")) is not None:
-        return {"name": name, "verdict": "not-run", "reason": blocker}
-    bundle = ROOT / "build" / "gpu-bundle"
-    commands = (
-        ["export", str(ROOT / "examples" / "tiny-llama"), "-o", str(bundle), "--force"],
-        ["build", str(bundle)],
-        [
-            "validate",
-            str(bundle),
-            "--stages",
-            "engine",
-            "--require",
-            "engine",
-            "--report",
-            str(ROOT / "build" / "gpu-report"),
-        ],
-    )
+def _run(*command: str) -> dict[str, Any] | None:
+    """One command of llama-export; what went wrong, or None."""
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_export", *command],
+        capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    if done.returncode == 0:
+        return None
+    # 3 is this machine's: a package is missing, so nothing was judged.
+    verdict = "not-run" if done.returncode == 3 else "fail"
+    reason = f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr.strip()[-400:]}"
+    return {"verdict": verdict, "reason": reason, "log": (done.stdout + done.stderr)[-4000:]}
+
+
+def validated_part(name: str, stages: tuple[str, ...], build: bool) -> dict[str, Any]:
+    """tiny-llama exported here, and stages of `validate`, all of which must run and pass."""
+    start = time.perf_counter()
+    bundle, report = ROOT / "build" / "gpu-bundle", ROOT / "build" / "gpu-report"
+    chosen = ",".join(stages)
+    commands = [["export", str(ROOT / "examples" / "tiny-llama"), "-o", str(bundle), "--force"]]
+    commands += [["build", str(bundle)]] if build else []
+    commands += [["validate", str(bundle), "--stages", chosen, "--require", chosen, "--report", str(report)]]
     for command in commands:
-        done = subprocess.run(
-            [sys.executable, "-m", "llama_export", *command], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            return {
-                "name": name,
-                "verdict": "fail",
-                "reason": f"`{' '.join(command)}` ended with {done.returncode}",
-                "log": done.stderr[-4000:],
-            }
-    return {"name": name, "verdict": "pass", "log": done.stdout[-4000:]}
+        if (wrong := _run(*command)) is not None:
+            return {"name": name, **wrong}
+    found = [stage for stage in json.loads((report / "parity.json").read_text(encoding="utf-8"))["stages"]
+             if stage["verdict"] != "not-run"]  # fmt: skip
+    rows = [
+        {
+            "case": stage["name"],
+            "verdict": stage["verdict"],
+            "share": stage["metrics"]["error"],
+            "error": stage["reason"],
+        }
+        for stage in found
+    ]
+    return {
+        "name": name, "verdict": "pass", "cases": len(rows), "failed": 0,
+        "largest_share_of_the_limit": max(row["share"] for row in rows),
+        "seconds": round(time.perf_counter() - start, 1), "rows": rows,
+    }  # fmt: skip
+
+
+def graph_part(rehearse: bool) -> dict[str, Any]:
+    """The whole exported graph, its custom ops by the library on the GPU, and the ops alone where roundings tell."""
+    how = "enqueue" if rehearse else "gpu"
+    stages = (*(f"kernels/{how}-{what}" for what in ("float32", "bfloat16", "float16", "poisoned-cache")), f"ops/{how}")
+    return validated_part("whole graph, ops by the library", stages, build=False)
+
+
+def engine_part() -> dict[str, Any]:
+    """A plugin engine of tiny-llama built and executed, where this card can run one."""
+    from llama_export.engine_session import execution_blocker
+
+    if (blocker := execution_blocker("tensorrt-rtx")) is not None:
+        return {"name": "engine", "verdict": "not-run", "reason": blocker}
+    return validated_part("engine", ("engine",), build=True)
 
 
 def environment(rehearse: bool) -> dict[str, Any]:
@@ -190,6 +213,11 @@ def markdown(report: Mapping[str, Any]) -> str:
         for row in entry.get("rows", [])
         if row["verdict"] == "fail"
     ]
+    failures += [
+        f"- {entry['name']}: {entry['reason']}"
+        for entry in report["parts"]
+        if entry["verdict"] == "fail" and "reason" in entry
+    ]
     return "\n".join([*lines, *(["", "Failed:", *failures] if failures else []), ""])
 
 
@@ -209,6 +237,7 @@ def main() -> int:
         part("kernels, compiled by Triton here", device, lambda: triton_ops(args.rehearse)),
         part("library, enqueue, cache aliased", device, lambda: enqueue_ops(args.rehearse, True)),
         part("library, enqueue, cache copied", device, lambda: enqueue_ops(args.rehearse, False)),
+        graph_part(args.rehearse),
         engine_part(),
     ]
     ran = [entry for entry in parts if entry["verdict"] != "not-run"]

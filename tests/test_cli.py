@@ -33,7 +33,7 @@ from llama_export.parity import validate
 from llama_export.parity.result import ParityReport, Stage
 
 Capture = pytest.CaptureFixture[str]
-COMMANDS = ("export", "build", "run", "validate", "bench", "inspect", "plugins", "env")
+COMMANDS = ("export", "build", "run", "validate", "reproduce", "report diff", "bench", "inspect", "plugins", "env")
 HEAVY = (
     "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings",
     "polygraphy", "transformers", "matplotlib", "cuda", "numpy", "tokenizers", "rich", "jinja2",
@@ -113,7 +113,7 @@ def run_without(modules: tuple[str, ...], *runs: list[str]) -> list[list[Any]]:
 
 
 def test_help_and_version_need_no_other_package() -> None:
-    runs = [["--help"], ["-h"], ["--version"], *([command, "--help"] for command in COMMANDS)]
+    runs = [["--help"], ["-h"], ["--version"], *([*command.split(), "--help"] for command in COMMANDS)]
     for argv, (code, out, err, asked) in zip(runs, run_without(HEAVY, *runs), strict=True):
         assert (code, err, asked) == (0, "", []), argv
         assert out == f"llama-export, version {__version__}\n" if argv == ["--version"] else out.startswith("Usage: ")
@@ -150,16 +150,18 @@ def test_missing_package_is_exit_3_with_the_extra_to_install(make_checkpoint: Ma
 def test_help_lists_commands_and_exit_codes(capsys: Capture) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert re.findall(r"^  ([a-z]+)  ", out.split("Commands:")[1], re.MULTILINE) == sorted(COMMANDS)
+    assert re.findall(r"^  ([a-z]+)  ", out.split("Commands:")[1], re.MULTILINE) == sorted(
+        command.split()[0] for command in COMMANDS
+    )
     codes = dict(re.findall(r"^    (\d)  (.+)$", out.split("Exit codes:")[1], re.MULTILINE))
     assert {code: text.split(":")[0] for code, text in codes.items()} == {
-        "0": "done; for `validate`", "1": "`validate`", "2": "your input", "3": "this machine", "4": "a bug in llama-export",
+        "0": "done; for `validate`", "1": "`validate`", "2": "your input", "3": "this machine", "4": "a bug in llama-export", "5": "`report diff`",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_shows_its_argument_defaults_and_units(command: str, capsys: Capture) -> None:
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     out = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "--json" in out
     facts = {
@@ -180,7 +182,16 @@ def test_help_of_a_command_shows_its_argument_defaults_and_units(command: str, c
             "[default: plugin]",
         ],
         "run": ["BUNDLE", "--tokens 1,2,3", "--prompt TEXT", "--max-new-tokens TOKENS", "[default: 64; x>=1]"],
-        "validate": ["BUNDLE", "--steps TOKENS", "[default: 32; x>=1]", "--require NAME,...", "--report DIR"],
+        "validate": [
+            "BUNDLE",
+            "--steps TOKENS",
+            "[default: 32; x>=1]",
+            "--require NAME,...",
+            "--text FILE",
+            "--report DIR",
+        ],
+        "reproduce": ["CASE", "Exit code 1"],
+        "report diff": ["OLD NEW", "--factor TIMES", "[default: 2.0; x>=1]", "--markdown FILE", "exit code 5"],
         "bench": ["BUNDLE", "--prompt-tokens TOKENS", "[default: 128; x>=1]"],
         "inspect": ["PATH"],
         "plugins": ["[tensorrt-rtx|tensorrt]", "creators"],

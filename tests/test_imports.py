@@ -143,7 +143,7 @@ def test_command_line_imports_only_light_modules_of_the_package() -> None:
 
 
 def test_parity_results_and_metrics_need_no_torch() -> None:
-    for name in ("result", "metrics", "report"):
+    for name in ("result", "metrics", "logits_sample", "wording", "plots", "report", "reading", "diff"):
         assert not outside(PACKAGE / "parity" / f"{name}.py", deep=False) & HEAVY
 
 

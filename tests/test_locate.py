@@ -16,7 +16,7 @@ from random_llama import random_config, write_random_checkpoint
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.checkpoint import load_checkpoint
 from llama_export.export import export_checkpoint
-from llama_export.parity.calls import carried, graph_inputs, one_row
+from llama_export.parity.calls import Run, carried, graph_inputs, one_row
 from llama_export.parity.evaluator import GraphEvaluator
 from llama_export.parity.judge import ValidateConfig
 from llama_export.parity.locate import relative_error, tensor_errors
@@ -36,7 +36,7 @@ def test_every_value_the_tracer_named_is_known_and_equal(tmp_path: Path, seed: i
     bundle = load_bundle(tmp_path)
     program = ReferenceProgram(load_checkpoint(tmp_path), "causal-lm", bundle.dtype)
     evaluator = GraphEvaluator(bundle.model_path, dtype=torch.float64)
-    inputs = graph_inputs(one_row(range(40), 34).calls(), config, capacity=48, dtype=torch.float64)
+    inputs = graph_inputs([Run(one_row(range(40), 34).calls(), 48)], config, torch.float64)
     names = program.names_in(evaluator.graph)
     written = {name for node in evaluator.graph.node for name in node.output}
     unknown = written - set(names.values())

@@ -48,6 +48,23 @@ def test_calls_in_lockstep_equal_calls_in_turn(inputs: list[int]) -> None:
     assert found["doubled"] == [6] * len(inputs)
 
 
+def test_a_call_that_is_given_a_cache_begins_a_run_of_its_own() -> None:
+    """Two runs in one lockstep: each gives what it gives alone, and the weight is read once for both."""
+    reads: list[str] = []
+
+    def constant(name: str, _: Step) -> int:
+        reads.append(name)
+        return 3
+
+    first = [{"x": 1, "past": (5,)}, {"x": 2}]
+    second = [{"x": 4, "past": ()}, {"x": 1}, {"x": 7}]
+    alone = [dict(lockstep(STEPS, calls, carry={"past": "present"}, constant=constant)) for calls in (first, second)]
+    reads.clear()
+    both = dict(lockstep(STEPS, [*first, *second], carry={"past": "present"}, constant=constant))
+    assert both == {name: alone[0][name] + alone[1][name] for name in both}
+    assert reads == ["w"]
+
+
 def test_what_nobody_defines_is_the_callers_error() -> None:
     def constant(name: str, step: Step) -> int:
         raise KeyError(f"{step.name} reads {name}")

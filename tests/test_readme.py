@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -19,6 +21,7 @@ DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
     "benchmarks/README.md",
+    "examples/ci/README.md",
     "docs/decisions.md",
     "docs/parity.md",
     "docs/onnx.md",
@@ -82,7 +85,13 @@ def test_parity_table_names_stages_of_the_validator() -> None:
 
 
 def test_help_of_every_command_gives_its_options() -> None:
-    for name in cli.commands:
-        result = CliRunner().invoke(cli, [name, "--help"])
+    def words(command: click.Command) -> Iterator[list[str]]:
+        if isinstance(command, click.Group):
+            yield from ([name, *rest] for name, child in command.commands.items() for rest in words(child))
+        else:
+            yield []
+
+    for found in words(cli):
+        result = CliRunner().invoke(cli, [*found, "--help"])
         assert result.exit_code == 0
-        assert "--json" in result.output, name
+        assert "--json" in result.output, found

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from llama_export.errors import MissingDependencyError
-from llama_export.parity import report as report_module
+from llama_export.parity import wording
 from llama_export.parity.report import (
     html_from_report,
     junit_from_report,
@@ -25,7 +25,15 @@ from llama_export.parity.report import (
     print_summary,
     write_report,
 )
-from llama_export.parity.result import ParityReport, Stage, Tolerance, WorstElement
+from llama_export.parity.result import (
+    LogitsSample,
+    ParityReport,
+    Stage,
+    Tolerance,
+    TopChoices,
+    TopLogit,
+    WorstElement,
+)
 
 HOSTILE = '<script>alert("x")</script> `|` $\\frac$ [red] \x1b[31m \x00 \ud800 <img src=https://evil.example/x>'
 
@@ -58,6 +66,17 @@ def a_report(*stages: Stage, required: tuple[str, ...] = (), **changes: Any) -> 
     return ParityReport(stages=stages, required=required, **(facts | changes))
 
 
+def a_sample(got: tuple[float, ...] = (2.5, -1.0, 0.5), text: str | None = " def\n") -> LogitsSample:
+    want = (2.25, -1.0, 0.5)
+    sides = [
+        tuple(TopLogit(token=t, text=text, logit=v) for t, v in zip((7, 3), side, strict=False)) for side in (got, want)
+    ]
+    top = TopChoices(position=0, where="end of the prompt", got=sides[0], want=sides[1][::-1])
+    return LogitsSample(
+        compared=97, positions=(0, 0, 1)[: len(got)], tokens=(7, 3, 5)[: len(got)], got=got, want=want[: len(got)], top=(top,)
+    )  # fmt: skip
+
+
 SERIES = {"max_abs": [1e-6, 0.0, math.nan, 2e-6], "max_abs per layer": [1e-7, 3e-7], "other": [0.0, 0.0], "empty": []}
 REPORTS = {
     "pass": a_report(a_stage(series=SERIES), a_stage("onnxruntime/greedy", 0.0, 0.0)),
@@ -67,10 +86,14 @@ REPORTS = {
     "missing": a_report(a_stage(), not_run(), required=("onnxruntime", "engine/execution")),
     "only-not-run": a_report(not_run()),
     "zero": a_report(),
+    "logits": a_report(
+        a_stage(logits=a_sample()), a_stage("onnxruntime/decode", logits=a_sample((math.nan, math.inf, 1e308), None)),
+        a_stage("evaluator/float16", logits=a_sample((math.nan,))),
+    ),
     "no-tolerance": a_report(a_stage("engine/structure", tolerance=None, worst=None)),
     "hostile": a_report(
         a_stage(HOSTILE, 0.5, reason=HOSTILE, metrics={"max_abs": 0.5, HOSTILE: HOSTILE}, series={HOSTILE: [1.0]},
-            first_divergence={HOSTILE: HOSTILE},
+            first_divergence={HOSTILE: HOSTILE}, logits=a_sample(text=HOSTILE),
         ),
         not_run("engine/" + HOSTILE, HOSTILE),
         required=(HOSTILE + "/required",),
@@ -264,6 +287,20 @@ def test_page_shows_limits_reasons_plots_and_facts() -> None:
     assert "<svg" not in html_from_report(REPORTS["zero"])
 
 
+def test_page_shows_logits_as_points_and_first_choices_side_by_side() -> None:
+    source = html_from_report(REPORTS["logits"])
+    page = Page(source)
+    for expected in (
+        "3 of 97 logits", "ring: largest error 0.25 at position 0, token 7", "not drawn: 3 that are not finite, or beyond 1e+300",
+        "1 of 97 logits", "not drawn: 1 that", "end of the prompt", '"\N{NO-BREAK SPACE}def\\n"', "other", "got - want",
+    ):  # fmt: skip
+        assert expected in page.text
+    drawings = re.findall(r'<svg[^>]*aria-label="([^"]*)".*?</svg>', source, flags=re.DOTALL)
+    assert sum("logits, got over want" in name for name in drawings) == 3
+    assert [tag for tag, _ in page.tags].count("table") == 1 + 3
+    assert "Logits" not in html_from_report(a_report(not_run()))
+
+
 def test_markdown_puts_the_verdict_first_and_escapes_cells() -> None:
     lines = markdown_from_report(REPORTS["fail"]).splitlines()
     assert lines[:3] == ["## ✗ Parity FAIL", "", "2 of 2 stages ran; 1 failed. 1 passed, 1 failed, 0 not run."]
@@ -287,7 +324,7 @@ def test_markdown_puts_the_verdict_first_and_escapes_cells() -> None:
     ],
 )
 def test_margin_in_words(error: float, limit: float, words: str) -> None:
-    assert report_module._margin(a_stage(error=error, limit=limit)) == words
+    assert wording.margin(a_stage(error=error, limit=limit)) == words
 
 
 def test_summary_fits_80_columns_without_colour_codes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,11 +373,15 @@ def test_documented_example_has_the_keys_of_a_report() -> None:
         assert ours.keys() == theirs.keys()
         assert (ours["tolerance"] or {}).keys() == (theirs["tolerance"] or {}).keys()
         assert (ours["worst"] or {}).keys() == (theirs["worst"] or {}).keys()
+    (sample,) = (stage["logits"] for stage in REPORTS["logits"].to_json()["stages"][:1])
+    for key in (*sample, *sample["top"][0], *sample["top"][0]["got"][0]):
+        assert f"`{key}`" in text
+    for ours in documented["stages"]:
         for key in (*ours, *documented):
             assert f"`{key}`" in text
 
 
 def test_worst_element_shows_the_digits_that_differ() -> None:
     worst = WorstElement(tensor="present.1.key", layer=1, index=(0, 2), got=0.1 + 0.2, want=0.3)
-    shown = report_module._worst(a_stage(worst=worst))
+    shown = wording.worst_element(a_stage(worst=worst))
     assert shown == "layer 1, present.1.key[0, 2]: got 0.30000000000000004, want 0.29999999999999999"

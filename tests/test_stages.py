@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import oracles
 import pytest
+import torch
 from conftest import TINY, MakeCheckpoint
 from safetensors.numpy import load_file, save_file
 
@@ -36,10 +37,13 @@ from llama_export.plugins import kernels_installed
 
 QUICK = ValidateConfig(steps=6, prompt_tokens=14)
 ENGINE = {"engine/structure", "engine/execution"}
-KERNELS = {name for name in STAGES if name.startswith("kernels/")}
-NOT_RUNNABLE = ENGINE | (set() if kernels_installed() is None else KERNELS)
+KERNELS = {name for name in STAGES if name.startswith(("kernels/", "ops/"))} - {"ops/bodies"}
+GPU = set() if torch.cuda.is_available() else {name for name in KERNELS if "/gpu" in name}
+TEXT = {"text/onnxruntime", "text/evaluator"}
+"""Only with ``--text``: tests/test_text_stages.py."""
+NOT_RUNNABLE = ENGINE | GPU | TEXT | (set() if kernels_installed() is None else KERNELS)
 RUNNABLE = set(STAGES) - NOT_RUNNABLE
-WITHOUT_KERNELS = replace(QUICK, stages=("reference", "graph", "onnxruntime", "evaluator", "engine"))
+WITHOUT_KERNELS = replace(QUICK, stages=("reference", "graph", "ops/bodies", "onnxruntime", "evaluator", "engine"))
 """The interpreter is slow; what the kernel stages find is in tests/plugins/test_stages_plugins.py."""
 
 
@@ -75,7 +79,7 @@ def test_a_sound_bundle_passes_and_its_engine_stages_are_not_run(tiny_bundles: d
     for stage in report.stages:
         assert stage.reason
         if stage.verdict == "not-run":
-            assert "llama-export build" in stage.reason or stage.name in KERNELS
+            assert "llama-export build" in stage.reason or "--text" in stage.reason or stage.name in KERNELS
             assert not stage.metrics
             continue
         assert stage.tolerance is not None
@@ -225,7 +229,7 @@ def test_a_fault_fails_exactly_the_stages_it_should(sound: Bundle, tmp_path: Pat
     bundle = load_bundle(copy_with_fault(sound, tmp_path / "faulty", fault), ignore_hashes=True)
     report = validate_bundle(bundle, WITHOUT_KERNELS)
     assert verdicts(report, "fail") == FAULTS[fault][2], explain(report)
-    assert verdicts(report, "not-run") == ENGINE | KERNELS, explain(report)
+    assert verdicts(report, "not-run") == ENGINE | KERNELS | TEXT, explain(report)
     assert report.verdict == "fail"
     assert report.hashes["graph"] == sha256_of_file(bundle.model_path), "the hash is of what was judged"
 
@@ -238,9 +242,16 @@ def test_a_weight_that_is_not_a_number_fails_every_comparison_of_values(sound: B
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     report = validate_bundle(load_bundle(folder, ignore_hashes=True), WITHOUT_KERNELS)
     # the cache holds no logits; and without a finite noise floor there is no 16-bit verdict
-    finite = {"onnxruntime/cache", "onnxruntime/in-place", "onnxruntime/repeat", "reference/rope", "graph/rope"}
+    finite = {
+        "onnxruntime/cache",
+        "onnxruntime/in-place",
+        "onnxruntime/repeat",
+        "reference/rope",
+        "graph/rope",
+        "ops/bodies",
+    }
     assert verdicts(report, "pass") == finite, explain(report)
-    assert verdicts(report, "not-run") == ENGINE | SIXTEEN_BIT | KERNELS, explain(report)
+    assert verdicts(report, "not-run") == ENGINE | SIXTEEN_BIT | KERNELS | TEXT, explain(report)
     assert verdicts(report, "fail") == RUNNABLE - finite - SIXTEEN_BIT - KERNELS
     document = json.loads(json.dumps(report.to_json(), allow_nan=False))
     errors = {stage["name"]: stage["metrics"].get("error") for stage in document["stages"]}
@@ -407,10 +418,10 @@ def test_without_transformers_its_stages_are_not_run_and_name_the_extra(
     monkeypatch.setitem(sys.modules, "transformers", None)
     report = validate_bundle(tiny_bundles["float32"], WITHOUT_KERNELS)
     alone = {name for name in STAGES if name.startswith("graph/")} | {"reference/program"}
-    alone |= {"onnxruntime/repeat", "onnxruntime/in-place"}
+    alone |= {"ops/bodies", "onnxruntime/repeat", "onnxruntime/in-place"}
     assert verdicts(report, "pass") == alone, explain(report)
-    theirs = set(STAGES) - alone - ENGINE - KERNELS
-    assert verdicts(report, "not-run") == theirs | ENGINE | KERNELS
+    theirs = set(STAGES) - alone - ENGINE - KERNELS - TEXT
+    assert verdicts(report, "not-run") == theirs | ENGINE | KERNELS | TEXT
     assert all("llama-export[parity]" in stage.reason for stage in report.stages if stage.name in theirs)
     assert report.verdict == "pass"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from llama_export.config import LlamaConfig
 from llama_export.kv_cache import cache_names, cache_shape
+from llama_export.parity.tensors import to_numpy
 
 Int64Array = NDArray[np.int64]
 Array = NDArray[Any]
@@ -70,6 +72,17 @@ class Rows:
         starts = list(zip(self.ids, self.prompts, strict=True))
         steps = [call(f"step {at}", [[ids[length + at]] for ids, length in starts]) for at in range(self.steps)]
         return [call("prefill", prefill, self.prompts), *steps]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Calls over one cache."""
+
+    calls: Sequence[Call]
+    capacity: int
+    """Slots of the cache, tokens."""
+    fill: float = 0.0
+    """What they hold at first: nothing may depend on it."""
 
 
 def one_row(ids: Sequence[int], prompt: int) -> Rows:
@@ -131,29 +144,42 @@ def cache_pairs(got: Sequence[Answers], want: Sequence[Answers]) -> Pairs:
     return [(name, left.valid(name), right.valid(name)) for left, right in both for name in right.cache]
 
 
-def graph_inputs(
-    calls: Sequence[Call], config: LlamaConfig, *, capacity: int, dtype: torch.dtype, fill: float = 0.0
-) -> list[dict[str, Tensor]]:
-    """The calls as inputs of the graph: lengths that add up, and for the first call a cache that holds no valid token.
-
-    Args:
-        fill: what the cache's buffers hold at first: nothing may depend on it.
-    """
+def graph_inputs(runs: Sequence[Run], config: LlamaConfig, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """All calls of all runs as inputs of the graph: lengths that add up, and for the first of each run an empty cache."""
     inputs: list[dict[str, Tensor]] = []
-    past_length: Int64Array = np.zeros(len(calls[0].input_ids), np.int64)
-    for one in calls:
-        inputs.append(
-            {
-                "input_ids": torch.from_numpy(one.input_ids),
-                "past_length": torch.from_numpy(past_length),
-                "sequence_length": torch.from_numpy(one.sequence_length),
-                "logits_index": torch.from_numpy(one.logits_index),
-            }
-        )
-        past_length = past_length + one.sequence_length
-    shape = cache_shape(config, len(past_length), capacity)
-    inputs[0] |= {past: torch.full(shape, fill, dtype=dtype) for past, _ in cache_names(config.num_hidden_layers)}
+    for run in runs:
+        past_length: Int64Array = np.zeros(len(run.calls[0].input_ids), np.int64)
+        shape = cache_shape(config, len(past_length), run.capacity)
+        names = [past for past, _ in cache_names(config.num_hidden_layers)]
+        empty = {past: torch.full(shape, run.fill, dtype=dtype) for past in names}
+        for one in run.calls:
+            inputs.append(
+                {
+                    "input_ids": torch.from_numpy(one.input_ids),
+                    "past_length": torch.from_numpy(past_length),
+                    "sequence_length": torch.from_numpy(one.sequence_length),
+                    "logits_index": torch.from_numpy(one.logits_index),
+                    **empty,
+                }
+            )
+            past_length, empty = past_length + one.sequence_length, {}
     return inputs
+
+
+def collected(runs: Sequence[Run], stream: Iterable[tuple[str, list[Any]]], config: LlamaConfig) -> list[Answers]:
+    """What came out of all runs in lockstep: each one's logits and its last cache."""
+    past_of = {present: past for past, present in carried(config).items()}
+    ends = list(accumulate(len(run.calls) for run in runs))
+    logits: list[list[Array]] = [[] for _ in runs]
+    caches: list[dict[str, Array]] = [{} for _ in runs]
+    for name, values in stream:
+        if name == "logits":
+            every = [to_numpy(value) for value in values]
+            logits = [every[end - len(run.calls) : end] for run, end in zip(runs, ends, strict=True)]
+        elif name in past_of:
+            for cache, end in zip(caches, ends, strict=True):
+                cache[past_of[name]] = to_numpy(values[end - 1])
+    return [Answers.to(run.calls, mine, cache) for run, mine, cache in zip(runs, logits, caches, strict=True)]
 
 
 def carried(config: LlamaConfig) -> Mapping[str, str]:

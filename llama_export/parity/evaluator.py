@@ -58,24 +58,30 @@ class GraphEvaluator:
     """One graph at one precision.
 
     Args:
-        model_path: an ONNX file whose external data lies beside it.
+        model: an ONNX file whose external data lies beside it, or a model in memory.
+        folder: where the external data of a model in memory lies.
         dtype: float64, float32, float16 or bfloat16; None keeps the declared types.
         custom_ops: how nodes of our domain are computed: ``eager``, ``bodies``, or op_type -> function of the node's
             input tensors and attribute values, in the order of the op table.
         custom_layers: the decoder layers whose custom ops the functions compute, those of the others being eager; None:
             all. Ops outside the layers count as one of them.
+        convert_inputs: floats that are fed become ``dtype``; else they have the type they are to have.
     """
 
     def __init__(
         self,
-        model_path: Path,
+        model: Path | onnx.ModelProto,
         *,
+        folder: Path | None = None,
         dtype: torch.dtype | None = None,
         custom_ops: CustomOps = "eager",
         custom_layers: Collection[int] | None = None,
+        convert_inputs: bool = True,
     ) -> None:
-        model = onnx.load(str(model_path), load_external_data=False)
-        self._folder = model_path.parent
+        if isinstance(model, Path):
+            folder, model = model.parent, onnx.load(str(model), load_external_data=False)
+        self._folder = folder or Path()
+        self._model = model
         self._custom_layers = custom_layers
         self._graph = model.graph
         self._functions = {function.name: function for function in model.functions if function.domain == DOMAIN}
@@ -88,7 +94,7 @@ class GraphEvaluator:
         self._float_inputs = {
             value.name: _FLOATS[value.type.tensor_type.elem_type]
             for value in self._graph.input
-            if value.type.tensor_type.elem_type in _FLOATS
+            if convert_inputs and value.type.tensor_type.elem_type in _FLOATS
         }
 
     @property
@@ -99,6 +105,16 @@ class GraphEvaluator:
     def run_op(self, node: onnx.NodeProto, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One custom op of this graph, computed as in a run, on inputs of the caller's."""
         return self._evaluate(node, list(inputs), None)
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """What is evaluated, its functions included."""
+        return self._model
+
+    @property
+    def folder(self) -> Path:
+        """Where its external data lies."""
+        return self._folder
 
     @property
     def graph(self) -> onnx.GraphProto:
@@ -137,7 +153,7 @@ class GraphEvaluator:
         """Evaluates several calls together, node by node: see :mod:`llama_export.parity.lockstep`.
 
         Args:
-            calls: graph inputs, per call; what ``carry`` names is needed for the first alone.
+            calls: graph inputs, per call; what ``carry`` names is given to those that begin a run of calls.
             carry: graph input -> the graph output of the call before that it is.
             only: compute no more than these tensors need, and ask for no input they do not read; default: everything.
 

@@ -1104,13 +1104,13 @@ def _(m: Mutant) -> None:
     node.input[0], node.input[1] = node.input[1], node.input[0]
 
 
-@_equivalent("a factor of 2 moved from the queries' weight into the scale")
+@_equivalent("a factor of 2 moved from the scale into the queries' weight")
 def _(m: Mutant) -> None:
-    m.attribute(m.attention, "scale").f *= 2
+    m.attribute(m.attention, "scale").f /= 2  # not the other way: half of a small float16 number may not be one
     for part in ("weight", "bias"):
         name = f"{{}}.self_attn.q_proj.{part}"
         try:
-            m.set_weight(name, m.weight(name) / 2)
+            m.set_weight(name, m.weight(name) * 2)
         except NotApplicable:
             continue
 

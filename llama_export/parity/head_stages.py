@@ -39,8 +39,9 @@ from llama_export.parity.judge import (
     judge_noise,
     some_layers,
 )
+from llama_export.parity.logits_sample import labels_sample
 from llama_export.parity.metrics import difference
-from llama_export.parity.result import Stage
+from llama_export.parity.result import LogitsSample, Stage
 from llama_export.runtime import OnnxRuntimeHeadSession
 
 try:
@@ -51,7 +52,7 @@ try:
     from llama_export.parity.locate import Trace, tensor_errors
     from llama_export.parity.op_stages import op_stage
     from llama_export.parity.rope_stages import graph_rope, reference_rope
-    from llama_export.parity.sessions import to_numpy
+    from llama_export.parity.tensors import to_numpy
 except ModuleNotFoundError as err:
     raise MissingDependencyError(err.name or "torch", "export") from err
 
@@ -203,6 +204,13 @@ def _said(batches: list[Texts]) -> str:
     )
 
 
+def _sample(v: HeadValidator, got: Run, batches: list[Texts]) -> LogitsSample | None:
+    """The logits of the heads that choose a label, for the report."""
+    if "logits" not in INTERFACES[v.bundle.task].outputs:
+        return None
+    return labels_sample(v.compare(got, v.oracle, batches), v.llama.labels)
+
+
 def reference_transformers(v: HeadValidator) -> Stage:
     """The outputs against Hugging Face's class of the task, both in float64."""
     batches = v.texts_for_transformers(v.texts(v.width))
@@ -270,7 +278,7 @@ def onnxruntime_texts(v: HeadValidator) -> Stage:
     batches = v.texts(v.width)
     return judge_noise(
         "onnxruntime/texts", v.measured(v.onnxruntime_run, torch.float32, batches), dtype="float32", bundle_dtype=v.bundle.dtype,
-        reason=f"onnxruntime against float64, {_said(batches)}",
+        logits=_sample(v, v.onnxruntime_run, batches), reason=f"onnxruntime against float64, {_said(batches)}",
     )  # fmt: skip
 
 
@@ -375,10 +383,11 @@ def engine_execution(v: HeadValidator) -> list[Stage]:
             stages.append(Stage(name=name, verdict="not-run", reason=blocker))
             continue
         batches = v.texts(min(v.width, facts.max_seq_len), min(3, facts.max_batch))
-        measured = v.measured(EngineHeadSession(v.bundle, path).run, getattr(torch, v.bundle.dtype), batches)
+        session = EngineHeadSession(v.bundle, path)
+        measured = v.measured(session.run, getattr(torch, v.bundle.dtype), batches)
         stages.append(
             judge_noise(
-                name, measured, dtype=v.bundle.dtype, bundle_dtype=v.bundle.dtype,
+                name, measured, dtype=v.bundle.dtype, bundle_dtype=v.bundle.dtype, logits=_sample(v, session.run, batches),
                 reason=f"on the GPU in {v.bundle.dtype} against float64, {_said(batches)}",
             )
         )  # fmt: skip
@@ -410,10 +419,10 @@ HEAD_STAGES: dict[str, HeadStage] = {
     "evaluator/float16": _noise_stage("float16"),
     **{
         f"kernels/{how}-{dtype}": _kernel_stage(how, dtype)
-        for how in ("interpreter", "enqueue")
+        for how in BY
         for dtype in ("float32", "bfloat16", "float16")
     },
-    **{f"ops/{how}": op_stage(how) for how in ("interpreter", "enqueue")},
+    **{f"ops/{how}": op_stage(how) for how in BY},
     "engine/structure": engine_structure,
     "engine/execution": engine_execution,
 }  # fmt: skip

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from llama_export.checkpoint import Checkpoint, load_checkpoint
 from llama_export.engine import check_engine
 from llama_export.errors import LlamaExportError, MissingDependencyError
 from llama_export.parity.metrics import Difference
-from llama_export.parity.result import Stage, Tolerance
+from llama_export.parity.result import LogitsSample, Stage, Tolerance
 from llama_export.plugins import find_library, kernels_installed
+from llama_export.runtime.session import OpenGraph, open_graph
 
 try:
     import torch
@@ -70,6 +72,10 @@ class ValidateConfig:
     """Length of the prefill, tokens; shortened for tiny contexts."""
     seed: int = 0
     """Of the token sequences."""
+    text: Path | None = None
+    """A UTF-8 file for the stages on a text; None: they do not run."""
+    cases: Path | None = None
+    """Folder for the operations at fault with their inputs, one folder each; None: they are not saved."""
 
 
 class Validator:
@@ -104,6 +110,11 @@ class Validator:
     def program(self) -> ReferenceProgram:
         """The reference's own trace: the oracle of every tensor."""
         return ReferenceProgram(self.checkpoint, self.checkpoint.task, self.bundle.dtype)
+
+    @cached_property
+    def onnxruntime_graph(self) -> OpenGraph:
+        """The file that onnxruntime runs, opened once: that takes longer than a run."""
+        return open_graph(self.bundle)
 
     def load_reference(self, dtype: torch.dtype) -> LlamaWithHead:
         """The reference at a dtype."""
@@ -207,12 +218,12 @@ class Measured:
     @property
     def l2_ratio(self) -> float:
         """Relative L2 error over that of the noise floor."""
-        return _ratio(self.found.relative_l2, self.noise.relative_l2)
+        return noise_ratio(self.found.relative_l2, self.noise.relative_l2)
 
     @property
     def max_ratio(self) -> float:
         """Largest error, relative to the largest value, over that of the noise floor."""
-        return _ratio(self.found.relative, self.noise.relative)
+        return noise_ratio(self.found.relative, self.noise.relative)
 
     @property
     def share(self) -> float:
@@ -222,7 +233,8 @@ class Measured:
         return max(self.l2_ratio / NOISE_L2, self.max_ratio / NOISE_MAX)
 
 
-def _ratio(error: float, floor: float) -> float:
+def noise_ratio(error: float, floor: float) -> float:
+    """How many times the noise floor an error is; nothing is 0 times anything, and infinitely many times nothing."""
     if error == 0:
         return 0.0
     return error / floor if floor and math.isfinite(error) else math.inf
@@ -237,6 +249,7 @@ def judge_noise(
     reason: str,
     why: str = NOISE_WHY,
     series: Mapping[str, Sequence[float]] | None = None,
+    logits: LogitsSample | None = None,
     **metrics: Any,
 ) -> Stage:
     """A verdict by the noise floor, on the quantity that uses up most of its allowance.
@@ -247,11 +260,8 @@ def judge_noise(
     Raises:
         NotRun: transformers' own model overflows at a dtype that the bundle does not promise to run.
     """
-    overflowed = sum(item.noise.nonfinite for item in measured)
-    if overflowed and (dtype != bundle_dtype or not any(item.found.nonfinite for item in measured)):
-        raise NotRun(
-            f"transformers' own model gives {overflowed} values that are not finite in {dtype}: no noise floor"
-        )
+    nonfinite = sum(item.found.nonfinite for item in measured)
+    check_floor(sum(item.noise.nonfinite for item in measured), nonfinite, dtype=dtype, bundle_dtype=bundle_dtype)
     worse = max(measured, key=lambda item: item.share)
     shown = sorted(measured, key=lambda item: -item.share)[:2]
     said = "; ".join(
@@ -267,30 +277,48 @@ def judge_noise(
             "relative_l2": worse.found.relative_l2, "noise_floor_relative_l2": worse.noise.relative_l2, "l2_ratio": worse.l2_ratio,
             "relative_max": worse.found.relative, "noise_floor_relative_max": worse.noise.relative, "max_ratio": worse.max_ratio,
             "tolerance_needed_relative_l2": worse.found.relative_l2, "tolerance_needed_relative_max": worse.found.relative,
-            "nonfinite": sum(item.found.nonfinite for item in measured),
+            "nonfinite": nonfinite,
             **{f"{item.name}_l2_ratio": item.l2_ratio for item in measured},
             **metrics,
         },
         tolerance=Tolerance(value=1.0, metric="error", why=why),
         worst=worse.found.worst,
         series=series or {},
+        logits=logits,
     )  # fmt: skip
 
 
-def custom_kernels(how: str) -> Mapping[str, Callable[..., Any]]:
-    """Op -> function on the CPU: by the plugin library's ``enqueue``, or the kernels under Triton's ``interpreter``.
+def check_floor(overflowed: int, nonfinite: int, *, dtype: str, bundle_dtype: str) -> None:
+    """A floor that overflows is none: an artefact is blamed only for what its bundle promises to run, and what it did.
+
+    Args:
+        overflowed, nonfinite: values that are not finite, of transformers' model and of the artefact.
 
     Raises:
-        NotRun: the plugins are not installed.
+        NotRun: there is no noise floor.
+    """
+    if overflowed and (dtype != bundle_dtype or not nonfinite):
+        raise NotRun(
+            f"transformers' own model gives {overflowed} values that are not finite in {dtype}: no noise floor"
+        )
+
+
+def custom_kernels(how: str) -> Mapping[str, Callable[..., Any]]:
+    """Op -> function: see :data:`BY`; tensors go in and come out on the CPU.
+
+    Raises:
+        NotRun: the plugins are not installed, or there is no GPU.
         ToolchainError: they are, and cannot be used.
     """
-    if (missing := kernels_installed()) is not None:
+    if (missing := kernels_installed(interpreted=how != "gpu")) is not None:
         raise NotRun(missing)
-    if how == "enqueue":
+    if how == "gpu" and not torch.cuda.is_available():
+        raise NotRun("no GPU that PyTorch can use on this machine")
+    if how in ("enqueue", "gpu"):
         find_library()  # a library that is there and not usable is a failure, not a reason to look away
         from llama_export_plugins.harness import enqueue_ops
 
-        found: Mapping[str, Callable[..., Any]] = enqueue_ops()
+        found: Mapping[str, Callable[..., Any]] = enqueue_ops(device="cuda" if how == "gpu" else "cpu")
         return found
     from llama_export_plugins.kernels.loop import kernel_ops
 
@@ -298,8 +326,12 @@ def custom_kernels(how: str) -> Mapping[str, Callable[..., Any]]:
     return interpreted
 
 
-BY = {"enqueue": "the plugin library's enqueue", "interpreter": "the kernels under Triton's interpreter"}
-"""How the custom ops are computed -> in words."""
+BY = {
+    "interpreter": "the kernels under Triton's interpreter",
+    "enqueue": "the plugin library's enqueue",
+    "gpu": "the plugin library's enqueue and compiled kernels on the GPU",
+}
+"""How the custom ops are computed -> in words. The first two need no GPU: ``enqueue`` launches go to a stand-in driver."""
 
 
 def some_layers(num_layers: int) -> list[int]:

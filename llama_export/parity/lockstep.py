@@ -39,7 +39,8 @@ def lockstep(
 
     Args:
         steps: in an order in which everything is written before it is read.
-        calls: input name -> value, per call; what ``carry`` names is read from the first call alone.
+        calls: input name -> value, per call. A call that is given what ``carry`` names begins a new run: it knows nothing of
+            the call before it.
         carry: input -> the name whose value in the call before it is.
         constant: (name, its reader) -> value, for what neither a call nor a step defines; raises if there is none.
         outputs: names the caller wants of the last call; they are not dropped after their last use.
@@ -57,7 +58,7 @@ def lockstep(
         def value(name: str, step: Step, call: int, read: dict[str, Any] = read) -> Any:
             if not name:
                 return None
-            if call and name in carry:
+            if name in carry and name not in own[call]:
                 return own[call - 1][carry[name]]
             for known in (own[call], shared, read):
                 if name in known:

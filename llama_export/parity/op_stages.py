@@ -26,7 +26,7 @@ from llama_export.parity.evaluator import CustomOps, GraphEvaluator
 from llama_export.parity.judge import BY, Measured, Validator, custom_kernels, judge_noise
 from llama_export.parity.metrics import difference
 from llama_export.parity.result import Stage
-from llama_export.parity.sessions import to_numpy
+from llama_export.parity.tensors import to_numpy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ORDER_LIMIT = 0.02

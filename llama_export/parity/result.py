@@ -39,6 +39,42 @@ class WorstElement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TopLogit:
+    """One of a position's first choices, on one side."""
+
+    token: int
+    """Token id, or the index of a label."""
+    text: str | None
+    """What the token adds to a text, or the label's name; None where the bundle has no names."""
+    logit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopChoices:
+    """The largest logits of one position on both sides, the largest first."""
+
+    position: int
+    """Counted along the compared logits, from 0; without a head's padding."""
+    where: str
+    """In words: ``end of the prompt``, ``decode step 3``, ``largest error``."""
+    got: tuple[TopLogit, ...]
+    want: tuple[TopLogit, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitsSample:
+    """Some of a stage's logits, to look at. Columns of equal length: one entry is one logit. No verdict depends on it."""
+
+    compared: int
+    """How many logits the sample was taken from."""
+    positions: tuple[int, ...]
+    tokens: tuple[int, ...]
+    got: tuple[float, ...]
+    want: tuple[float, ...]
+    top: tuple[TopChoices, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """One comparison. A stage that could not run is ``not-run`` with a reason, and never counts as passed."""
 
@@ -55,6 +91,8 @@ class Stage:
     """Per-step values for the plots, e.g. the error of each decode step."""
     first_divergence: Mapping[str, Any] | None = None
     """Of a failed stage, where it is known: ``layer``, ``op``, ``node``, ``tensor`` and ``error``."""
+    logits: LogitsSample | None = None
+    """Of stages that compare logits at a dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +139,8 @@ class ParityReport:
             "schema_version": SCHEMA_VERSION,
             "verdict": self.verdict,
             "missing": self.missing,
-            **_finite({key: data[key] for key in ("created_at", "model", "required", "stages")}),
-            "first_divergence": _finite(self.first_divergence),
+            **json_numbers({key: data[key] for key in ("created_at", "model", "required", "stages")}),
+            "first_divergence": json_numbers(self.first_divergence),
             **{key: data[key] for key in ("deviations", "environment", "hashes")},
         }
 
@@ -112,11 +150,12 @@ def matches(stage_name: str, selector: str) -> bool:
     return stage_name == selector or stage_name.startswith(selector.rstrip("/") + "/")
 
 
-def _finite(value: Any) -> Any:
+def json_numbers(value: Any) -> Any:
+    """The same, with non-finite numbers as strings and tuples as lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: json_numbers(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [json_numbers(item) for item in value]
     return value

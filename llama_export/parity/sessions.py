@@ -18,6 +18,7 @@ from llama_export.kv_cache import cache_names, cache_shape
 from llama_export.model import LlamaForCausalLM
 from llama_export.parity.calls import Answers, Call
 from llama_export.parity.evaluator import GraphEvaluator
+from llama_export.parity.tensors import to_numpy
 
 Array = NDArray[Any]
 
@@ -143,10 +144,3 @@ def answers(session: Session, calls: Sequence[Call], names: Sequence[str]) -> An
         session.step(one.input_ids, sequence_length=one.sequence_length, logits_index=one.logits_index) for one in calls
     ]
     return Answers.to(calls, logits, {name: np.array(session.cache_array(name)) for name in names})
-
-
-def to_numpy(tensor: Tensor) -> Array:
-    """A tensor's values. NumPy has no bfloat16: 16-bit values are widened, which changes none of them."""
-    wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-    array: Array = wide.numpy()
-    return array

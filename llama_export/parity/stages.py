@@ -6,6 +6,7 @@ Each stage compares one artefact with an oracle, under a limit whose reason is s
 * ``graph/*``            the exported graph in float64: 1e-9, tensor by tensor; and what its results must not depend on
 * ``onnxruntime/*``      the file onnxruntime runs, held to the noise floor of float32; and what must not change its results
 * ``evaluator/<dtype>``  the graph at 16 bits, held to the noise floor of that dtype
+* ``text/*``             both on a text of the user's: KL divergence and perplexity
 * ``kernels/*``          the graph with its custom ops computed by the plugins' kernels, on the CPU: under Triton's
                          interpreter, and through the plugin library's own ``enqueue``
 * ``engine/*``           every engine in the bundle: its structure here, its execution where a GPU allows
@@ -15,16 +16,16 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from llama_export.bundle import Bundle
-from llama_export.config import LlamaConfig
+from llama_export.config import expected_tensors
 from llama_export.engine import check_engine
 from llama_export.engine_session import EngineSession, execution_blocker
 from llama_export.errors import ConfigError, MissingDependencyError
@@ -38,15 +39,15 @@ from llama_export.parity.judge import (
     Measured,
     NotRun,
     ValidateConfig,
-    Validator,
     custom_kernels,
     engine_structure,
     judge,
     judge_noise,
     some_layers,
 )
+from llama_export.parity.logits_sample import decode_sample
 from llama_export.parity.metrics import difference
-from llama_export.parity.result import Stage, Tolerance
+from llama_export.parity.result import LogitsSample, Stage, Tolerance
 from llama_export.runtime import OnnxRuntimeSession, TextCodec, generate
 
 try:
@@ -58,18 +59,23 @@ try:
         Call,
         Pairs,
         Rows,
+        Run,
         cache_pairs,
         call,
         carried,
+        collected,
         graph_inputs,
         logits_pairs,
         one_row,
     )
-    from llama_export.parity.evaluator import CustomOps, GraphEvaluator
+    from llama_export.parity.evaluator import GraphEvaluator
+    from llama_export.parity.invariances import INVARIANCES
     from llama_export.parity.locate import Trace, tensor_errors
     from llama_export.parity.op_stages import op_stage
     from llama_export.parity.rope_stages import graph_rope, reference_rope
-    from llama_export.parity.sessions import TransformersSession, answers, reference_session, to_numpy
+    from llama_export.parity.search import evaluator_divergence, graph_case, onnxruntime_divergence
+    from llama_export.parity.sessions import TransformersSession, answers, reference_session
+    from llama_export.parity.text_stages import TextValidator, text_evaluator, text_onnxruntime
 except ModuleNotFoundError as err:
     raise MissingDependencyError(err.name or "torch", "export") from err
 
@@ -79,11 +85,11 @@ _MIN_PROMPT = 8
 _APPENDED = 8
 """Tokens that the stages with a fixed schedule append to the prompt at most, whatever ``--steps`` says."""
 _PROMPTS = ("def ", "import os\n", "class ", "The ", "    return ")
-POISON = 1e3
-"""What the standard bodies and onnxruntime must tolerate in cache entries nobody sees: they multiply them by zero."""
+KERNEL_STEPS = 4
+"""Decode steps of the kernel stages."""
 
 
-class CausalValidator(Validator):
+class CausalValidator(TextValidator):
     """Adds the token sequences, and what oracle, transformers and onnxruntime make of them."""
 
     def __init__(self, bundle: Bundle, config: ValidateConfig) -> None:
@@ -108,8 +114,12 @@ class CausalValidator(Validator):
         self.capacity = min(self.prompt + appended + 16, context)
         self.rows = one_row(self.random_ids(self.prompt + config.steps, config.seed), self.prompt)
         """What most stages run."""
+        self.run = Run(self.rows.calls(), self.capacity)
+        """The same, in a cache with room to spare."""
         self.cache_names = [past for past, _ in cache_names(self.llama.num_hidden_layers)]
         self._floors: dict[tuple[Rows, torch.dtype], list[Answers]] = {}
+        self.found_wrong: dict[Path, Mapping[str, Any]] = {}
+        """Graph file -> where it was found wrong in float64."""
         self._oracles: dict[Rows, Answers] = {}
 
     def ragged(self, tokens: int, seed: int) -> Rows:
@@ -118,37 +128,58 @@ class CausalValidator(Validator):
         ids = (tuple(self.random_ids(n + 4, self.config.seed + seed + row)) for row, n in enumerate(prompts))
         return Rows(tuple(ids), prompts)
 
+    @cached_property
+    def kernel_rows(self) -> Rows:
+        """What the kernels run; short, because the interpreter is slow."""
+        longest = min(self.prompt, KERNEL_TOKENS)
+        prompts = (longest, max(1, longest // 2))
+        ids = (tuple(self.random_ids(n + KERNEL_STEPS, self.config.seed + 30 + row)) for row, n in enumerate(prompts))
+        return Rows(tuple(ids), prompts)
+
+    def of_prefix(self, bundle: Bundle) -> CausalValidator:
+        """The same for the first layers of this bundle."""
+        prefix = CausalValidator(bundle, replace(self.config, text=None, cases=None))
+        tensors = expected_tensors(bundle.config)
+        kept = {name: entry for name, entry in self.checkpoint.tensors.items() if name in tensors}
+        prefix.checkpoint = replace(self.checkpoint, folder=bundle.folder, config=bundle.config, tensors=kept)
+        return prefix
+
     def oracle(self, rows: Rows) -> Answers:
         """The float64 oracle: the reference's trace."""
         if rows not in self._oracles:
-            calls = rows.calls()
-            inputs = graph_inputs(calls, self.llama, capacity=rows.longest, dtype=torch.float64)
-            stream = self.program.stream(inputs, carried(self.llama), torch.float64)
-            self._oracles[rows] = collected(calls, stream, self.llama)
+            self.run_oracle([rows])
         return self._oracles[rows]
+
+    def run_oracle(self, several: Sequence[Rows]) -> None:
+        """Asks the oracle about several rows together: in lockstep every weight is read once for all of them."""
+        runs = [Run(rows.calls(), rows.longest) for rows in several]
+        inputs = graph_inputs(runs, self.llama, torch.float64)
+        stream = self.program.stream(inputs, carried(self.llama), torch.float64)
+        self._oracles |= dict(zip(several, collected(runs, stream, self.llama), strict=True))
 
     def floor(self, rows: Rows, dtype: torch.dtype) -> list[Answers]:
         """transformers' eager model on each row alone: the prompt, then the rest at once, through its own cache.
 
-        Where RoPE follows the length the schedule is part of the result, so there the rest comes token by token, to a
-        model made anew for every row: it remembers the longest sequence it has seen.
+        A model is loaded once for all rows that will be asked of it. Where RoPE follows the length the schedule is part of
+        the result, so there the rest comes token by token, to a model made anew for every row: it remembers the longest
+        sequence it has seen.
         """
-        key = (rows, dtype)
-        if key not in self._floors:
+        if (rows, dtype) not in self._floors:
             model = None
-            found = []
-            for index in range(len(rows.ids)):
-                if model is None or self.follows_length:
-                    model = self.transformers_model(dtype)
-                row = rows.row(index)
-                calls = row.calls()
-                if not self.follows_length:
-                    calls = [*calls[:1], call("rest", [row.ids[0][row.prompts[0] :]])]
-                found.append(answers(TransformersSession(model), calls, self.cache_names))
-            self._floors[key] = found
+            for several in dict.fromkeys((rows, self.rows, self.kernel_rows)):
+                found = []
+                for index in range(len(several.ids)):
+                    if model is None or self.follows_length:
+                        model = self.transformers_model(dtype)
+                    row = several.row(index)
+                    calls = row.calls()
+                    if not self.follows_length:
+                        calls = [*calls[:1], call("rest", [row.ids[0][row.prompts[0] :]])]
+                    found.append(answers(TransformersSession(model), calls, self.cache_names))
+                self._floors[several, dtype] = found
             del model
             gc.collect()
-        return self._floors[key]
+        return self._floors[rows, dtype]
 
     def measured(self, got: Answers, rows: Rows, dtype: torch.dtype, tokens: slice = slice(None)) -> list[Measured]:
         """Logits, and cache if all tokens are asked for, of an artefact and of the noise floor, against the oracle."""
@@ -168,39 +199,38 @@ class CausalValidator(Validator):
             Measured("cache", difference(cache_pairs(got, want)), difference(cache_pairs(floor, exact))),
         ]
 
-    def run_evaluator(
-        self, evaluator: GraphEvaluator, calls: Sequence[Call], *, capacity: int, fill: float = 0.0
-    ) -> Answers:
-        """The exported graph's answers."""
-        inputs = graph_inputs(calls, self.llama, capacity=capacity, dtype=evaluator.model_dtype, fill=fill)
-        return collected(calls, evaluator.stream(inputs, carried(self.llama)), self.llama)
+    def run_evaluator(self, evaluator: GraphEvaluator, runs: Sequence[Run]) -> list[Answers]:
+        """The exported graph's answers, all runs in lockstep."""
+        inputs = graph_inputs(runs, self.llama, evaluator.model_dtype)
+        return collected(runs, evaluator.stream(inputs, carried(self.llama)), self.llama)
 
-    def run_onnxruntime(self, calls: Sequence[Call], *, capacity: int | None = None, fill: float = 0.0) -> Answers:
-        """onnxruntime's answers."""
-        rows = len(calls[0].input_ids)
-        session = OnnxRuntimeSession(self.bundle, max_seq_len=capacity or self.capacity, batch_size=rows)
-        if fill:
+    def run_onnxruntime(self, run: Run, *, afresh: bool = False) -> Answers:
+        """onnxruntime's answers.
+
+        Args:
+            afresh: open the graph anew, instead of once for all runs.
+        """
+        session = OnnxRuntimeSession(
+            self.bundle, max_seq_len=run.capacity, batch_size=len(run.calls[0].input_ids),
+            graph=None if afresh else self.onnxruntime_graph,
+        )  # fmt: skip
+        if run.fill:
             for value in session.cache.values():
-                value.update_inplace(np.full(value.shape(), fill, np.float32))
-        return answers(session, calls, self.cache_names)
+                value.update_inplace(np.full(value.shape(), run.fill, np.float32))
+        return answers(session, run.calls, self.cache_names)
 
     @cached_property
     def onnxruntime(self) -> Answers:
         """onnxruntime's answers to what most stages run."""
-        return self.run_onnxruntime(self.rows.calls())
+        return self.run_onnxruntime(self.run)
 
-
-def collected(calls: Sequence[Call], stream: Iterable[tuple[str, list[Any]]], config: LlamaConfig) -> Answers:
-    """Logits and last cache out of a run in lockstep."""
-    past_of = {present: past for past, present in carried(config).items()}
-    logits: list[Any] = []
-    cache = {}
-    for name, values in stream:
-        if name == "logits":
-            logits = [to_numpy(value) for value in values]
-        elif name in past_of:
-            cache[past_of[name]] = to_numpy(values[-1])
-    return Answers.to(calls, logits, cache)
+    @cached_property
+    def onnxruntime_divergence(self) -> Mapping[str, Any]:
+        """Where onnxruntime goes wrong; asked for when a stage says that it does."""
+        graph = self.found_wrong.get(self.bundle.onnxruntime_path)
+        if graph is not None:
+            return graph  # the file itself is wrong, whoever runs it
+        return onnxruntime_divergence(self, lambda v: v.run_onnxruntime(v.run), "onnxruntime")
 
 
 # ---- the reference ----------------------------------------------------------------------------------------------
@@ -216,6 +246,11 @@ def _per_step(
     left, right = np.asarray(got.tokens, np.float64), np.asarray(want.tokens, np.float64)
     largest = float(np.abs(right).max()) or 1.0
     return {label: [float(error) for error in np.abs(left - right).max(-1)[prompt:] / largest]}
+
+
+def _sample(v: CausalValidator, got: Answers, rows: Rows) -> LogitsSample:
+    """Logits of the prefill and of every step, for the report."""
+    return decode_sample(got.row(0).tokens, v.oracle(rows).row(0).tokens, rows.prompts[0], v.bundle.folder)
 
 
 def reference_transformers(v: CausalValidator) -> Stage:
@@ -240,8 +275,9 @@ def reference_program(v: CausalValidator) -> Stage:
     want = answers(reference_session(model, max_seq_len=v.capacity, batch_size=2), calls, v.cache_names)
     del model
     gc.collect()
-    inputs = graph_inputs(calls, v.llama, capacity=v.capacity, dtype=torch.float64)
-    got = collected(calls, v.program.stream(inputs, carried(v.llama), torch.float64), v.llama)
+    runs = [Run(calls, v.capacity)]
+    inputs = graph_inputs(runs, v.llama, torch.float64)
+    (got,) = collected(runs, v.program.stream(inputs, carried(v.llama), torch.float64), v.llama)
     labelled = zip(calls, got.logits, want.logits, strict=True)
     pairs: Pairs = [(f"logits ({one.label})", left, right) for one, left, right in labelled]
     pairs += [(name, got.cache[name], want.cache[name]) for name in v.cache_names]
@@ -267,11 +303,11 @@ def _ragged_calls(v: CausalValidator) -> list[Call]:
 
 
 def _graph_stage(
-    name: str, path: Callable[[Bundle], Path], custom_ops: CustomOps, what: str
+    name: str, path: Callable[[Bundle], Path], custom_ops: Literal["eager", "bodies"], what: str
 ) -> Callable[[CausalValidator], Stage]:
     def run(v: CausalValidator) -> Stage:
         calls = _ragged_calls(v)
-        inputs = graph_inputs(calls, v.llama, capacity=v.capacity, dtype=torch.float64)
+        inputs = graph_inputs([Run(calls, v.capacity)], v.llama, torch.float64)
         evaluator = GraphEvaluator(path(v.bundle), dtype=torch.float64, custom_ops=custom_ops)
         trace = Trace(evaluator.graph, lambda _: FLOAT64_LIMIT)
         pairs: Pairs = []
@@ -288,8 +324,12 @@ def _graph_stage(
                     (f"{tensor} ({label})", left.numpy(), right.numpy())
                     for label, left, right in zip(labels, got, want, strict=True)
                 ]
+        place = trace.first_divergence
+        if place is not None:
+            place |= graph_case(v, evaluator, calls, custom_ops, place["tensor"], name)
+            v.found_wrong[path(v.bundle)] = place
         return judge(
-            name, difference(pairs), first_divergence=trace.first_divergence, tensors_compared=len(trace.errors),
+            name, difference(pairs), first_divergence=place, tensors_compared=len(trace.errors),
             series={"largest tensor error per layer": trace.per_layer},
             reason=f"the graph in float64, custom ops by {what}, against the reference's trace in float64: ragged prefill, chunk, decode, cache",
         )  # fmt: skip
@@ -299,95 +339,49 @@ def _graph_stage(
 
 # ---- what results must not depend on ----------------------------------------------------------------------------
 
-Run = Callable[..., Answers]
-"""(calls, capacity=C, fill=x) -> answers."""
 
-
-def neighbours(v: CausalValidator, run: Run) -> tuple[list[Answers], list[Answers], str]:
-    """A padded batch of rows of different length, and every row as it stands there, alone."""
-    rows = v.ragged(v.prompt, 10)
-    batch = rows.calls()
-    alone = [
-        run([replace(one, input_ids=one.input_ids[[row]], sequence_length=one.sequence_length[[row]],
-                     logits_index=one.logits_index[[row]]) for one in batch], capacity=v.capacity).row(0)
-        for row in range(len(rows.ids))
-    ]  # fmt: skip
-    lengths = ", ".join(map(str, rows.prompts))
-    return (
-        run(batch, capacity=v.capacity).rows(),
-        alone,
-        f"rows of {lengths} tokens in one padded batch against each row alone",
-    )
-
-
-def padding(v: CausalValidator, run: Run) -> tuple[list[Answers], list[Answers], str]:
-    """A row padded with arbitrary tokens, and the same row without padding."""
-    length = max(1, v.prompt // 2)
-    ids = v.random_ids(v.prompt + 4, v.config.seed + 50)
-    rest = [call(f"step {at}", [ids[length + at : length + at + 1]]) for at in range(4)]
-    padded = run([call("prefill", [ids[: v.prompt]], [length]), *rest], capacity=v.capacity)
-    bare = run([call("prefill", [ids[:length]]), *rest], capacity=v.capacity)
-    return (
-        padded.rows(),
-        bare.rows(),
-        f"{length} tokens padded to {v.prompt} against the same without padding, prefill and 4 steps",
-    )
-
-
-def _poisoned(fill: float) -> Callable[[CausalValidator, Run], tuple[list[Answers], list[Answers], str]]:
-    def poisoned(v: CausalValidator, run: Run) -> tuple[list[Answers], list[Answers], str]:
-        """Cache entries at or past the valid length hold ``fill``."""
-        calls = v.ragged(v.prompt, 60).calls()
-        clean, dirty = run(calls, capacity=v.capacity), run(calls, capacity=v.capacity, fill=fill)
-        said = f"cache entries past the valid length hold {fill:g} against zeros, ragged prefill and 4 steps"
-        return dirty.rows(), clean.rows(), said
-
-    return poisoned
-
-
-def capacity(v: CausalValidator, run: Run) -> tuple[list[Answers], list[Answers], str]:
-    """A cache that just holds the tokens, and a larger one."""
-    rows = v.ragged(v.prompt, 70)
-    least, calls = rows.longest, rows.calls()
-    more = min(least + 29, v.llama.max_length)
-    return (
-        run(calls, capacity=least).rows(),
-        run(calls, capacity=more).rows(),
-        f"a cache of {least} slots against one of {more}",
-    )
-
-
-INVARIANCES = {
-    "batch-neighbours": neighbours,
-    "padding": padding,
-    "poisoned-cache": _poisoned(POISON),
-    "cache-capacity": capacity,
-}
-"""Named checks: name -> (validator, artefact) -> (got, want, in words)."""
+def _rows(found: Sequence[Answers]) -> list[Answers]:
+    """Every row of every run, alone."""
+    return [row for run in found for row in run.rows()]
 
 
 def _graph_invariance(name: str) -> Callable[[CausalValidator], Stage]:
     def run(v: CausalValidator) -> Stage:
         evaluator = GraphEvaluator(v.bundle.model_path, dtype=torch.float64, custom_ops="bodies")
-        got, want, said = INVARIANCES[name](v, partial(v.run_evaluator, evaluator))
+        check = INVARIANCES[name](v)
+        found = v.run_evaluator(evaluator, [*check.got, *check.want])
+        got, want = _rows(found[: len(check.got)]), _rows(found[len(check.got) :])
         pairs = logits_pairs(got, want) + cache_pairs(got, want)
-        return judge(f"graph/{name}", difference(pairs), reason=f"the graph in float64 by its function bodies: {said}")
+        return judge(
+            f"graph/{name}", difference(pairs), reason=f"the graph in float64 by its function bodies: {check.said}"
+        )
 
     return run
 
 
 def _onnxruntime_invariance(name: str) -> Callable[[CausalValidator], Stage]:
     def run(v: CausalValidator) -> Stage:
-        got, want, said = INVARIANCES[name](v, v.run_onnxruntime)
+        check = INVARIANCES[name](v)
+        got, want = (_rows([v.run_onnxruntime(run) for run in runs]) for runs in (check.got, check.want))
         return judge_noise(
             f"onnxruntime/{name}", v.alike(got, want), dtype="float32", bundle_dtype=v.bundle.dtype,
-            reason=f"onnxruntime: {said}",
+            reason=f"onnxruntime: {check.said}",
         )  # fmt: skip
 
     return run
 
 
 # ---- onnxruntime ------------------------------------------------------------------------------------------------
+
+
+def _located(run: Callable[[CausalValidator], Stage]) -> Callable[[CausalValidator], Stage]:
+    """The stage; where it fails, with the place where onnxruntime goes wrong."""
+
+    def located(v: CausalValidator) -> Stage:
+        stage = run(v)
+        return stage if stage.verdict == "pass" else replace(stage, first_divergence=v.onnxruntime_divergence)
+
+    return located
 
 
 def onnxruntime_prefill(v: CausalValidator) -> Stage:
@@ -406,6 +400,7 @@ def onnxruntime_decode(v: CausalValidator) -> Stage:
         "onnxruntime/decode", measured, dtype="float32", bundle_dtype=v.bundle.dtype, steps=v.config.steps,
         reason=f"{v.config.steps} teacher-forced decode steps on onnxruntime against float64",
         series=_per_step(v.onnxruntime.row(0), v.oracle(v.rows).row(0), v.prompt),
+        logits=_sample(v, v.onnxruntime, v.rows),
     )  # fmt: skip
 
 
@@ -441,8 +436,8 @@ def onnxruntime_chunked(v: CausalValidator) -> Stage:
     n, ids = v.prompt, v.rows.ids[0]
     cuts = sorted({0, n // 3, n // 3 + 1, 2 * n // 3, n - 1, n})
     pieces = list(zip(cuts[:-1], cuts[1:], strict=True))
-    parts = v.run_onnxruntime([call(f"chunk at {begin}", [ids[begin:end]]) for begin, end in pieces])
-    whole = v.run_onnxruntime([call("prefill", [ids[:n]])])
+    chunks = [call(f"chunk at {begin}", [ids[begin:end]]) for begin, end in pieces]
+    parts, whole = (v.run_onnxruntime(Run(calls, n)) for calls in (chunks, [call("prefill", [ids[:n]])]))
     return judge_noise(
         "onnxruntime/chunked-prefill", v.alike(parts.rows(), whole.rows()), dtype="float32", bundle_dtype=v.bundle.dtype,
         chunks=[float(end - begin) for begin, end in pieces],
@@ -452,7 +447,7 @@ def onnxruntime_chunked(v: CausalValidator) -> Stage:
 
 def onnxruntime_repeat(v: CausalValidator) -> Stage:
     """The same calls in a new session give the same bits."""
-    again = v.run_onnxruntime(v.rows.calls())
+    again = v.run_onnxruntime(v.run, afresh=True)
     first = v.onnxruntime
     pairs = [(left, right) for left, right in zip(again.logits, first.logits, strict=True)]
     pairs += [(again.cache[name], first.cache[name]) for name in v.cache_names]
@@ -475,13 +470,18 @@ def onnxruntime_greedy(v: CausalValidator) -> Stage:
         prompts = [v.random_ids(4 + row, v.config.seed + 20 + row) for row in range(5)]
     longest = max(map(len, prompts))
     new_tokens = max(1, min(GREEDY_TOKENS, v.llama.max_length - longest))
-    session = OnnxRuntimeSession(v.bundle, max_seq_len=longest + new_tokens)
+    session = OnnxRuntimeSession(v.bundle, max_seq_len=longest + new_tokens, graph=v.onnxruntime_graph)
     noise = v.alike(v.onnxruntime.rows(), v.onnxruntime.rows())[0].noise
     limit = 2 * NOISE_MAX * noise.relative
+    choices = [generate(session, [prompt], max_new_tokens=new_tokens).tokens[0] for prompt in prompts]
+    # What is chosen is known now, so the oracle reads it at once; where RoPE follows the length, step by step as it was made.
+    read = [
+        one_row([*prompt, *chosen[:-1]], len(prompt) if v.follows_length else len(prompt) + new_tokens - 1)
+        for prompt, chosen in zip(prompts, choices, strict=True)
+    ]
+    v.run_oracle(read)
     equal, ties, worst_gap = 0, 0, 0.0
-    for prompt in prompts:
-        chosen = generate(session, [prompt], max_new_tokens=new_tokens).tokens[0]
-        rows = one_row([*prompt, *chosen[:-1]], len(prompt))
+    for prompt, chosen, rows in zip(prompts, choices, read, strict=True):
         logits = v.oracle(rows).row(0).tokens[len(prompt) - 1 :]
         gaps = (logits.max(-1) - logits[np.arange(new_tokens), chosen]) / np.abs(logits).max()
         gaps = np.where(np.isfinite(gaps), gaps, np.inf)  # a NaN would be smaller than any limit
@@ -502,7 +502,7 @@ def onnxruntime_greedy(v: CausalValidator) -> Stage:
 
 def onnxruntime_in_place(v: CausalValidator) -> Stage:
     """One step writes its tokens' slots of the bound buffers and not one byte more."""
-    session = OnnxRuntimeSession(v.bundle, max_seq_len=16)
+    session = OnnxRuntimeSession(v.bundle, max_seq_len=16, graph=v.onnxruntime_graph)
     ids = v.rows.ids[0]
     session.step([ids[:3]])
     before = {name: session.cache_array(name).copy() for name in session.cache}
@@ -534,54 +534,64 @@ def _noise_stage(dtype: str) -> Callable[[CausalValidator], Stage]:
     def run(v: CausalValidator) -> Stage:
         torch_dtype = getattr(torch, dtype)
         evaluator = GraphEvaluator(v.bundle.model_path, dtype=torch_dtype)
-        got = v.run_evaluator(evaluator, v.rows.calls(), capacity=v.capacity)
-        return judge_noise(
+        (got,) = v.run_evaluator(evaluator, [v.run])
+        stage = judge_noise(
             f"evaluator/{dtype}", v.measured(got, v.rows, torch_dtype), dtype=dtype, bundle_dtype=v.bundle.dtype,
             reason=f"the graph in {dtype} against float64",
             series=_per_step(got.row(0), v.oracle(v.rows).row(0), v.prompt),
+            logits=_sample(v, got, v.rows),
         )  # fmt: skip
+        layers = range(v.llama.num_hidden_layers)
+        return _with_operation(v, stage, evaluator, v.rows, torch_dtype, "eager", layers)
 
     return run
 
 
-def _kernel_evaluator(v: CausalValidator, how: str, dtype: torch.dtype) -> tuple[GraphEvaluator, list[int]]:
-    layers = some_layers(v.llama.num_hidden_layers)
-    kernels = custom_kernels(how)
-    return GraphEvaluator(v.bundle.model_path, dtype=dtype, custom_ops=kernels, custom_layers=layers), layers
+def _with_operation(
+    v: CausalValidator,
+    stage: Stage,
+    evaluator: GraphEvaluator,
+    rows: Rows,
+    dtype: torch.dtype,
+    how: str,
+    layers: Collection[int],
+) -> Stage:
+    """A failed stage with the operation that is at fault."""
+    if stage.verdict == "pass":
+        return stage
+    found = evaluator_divergence(v, evaluator, rows, dtype, how, layers, stage.name)
+    return replace(stage, first_divergence=found)
 
 
-def _kernel_rows(v: CausalValidator) -> Rows:
-    """Short: the interpreter is slow."""
-    longest = min(v.prompt, KERNEL_TOKENS)
-    prompts = (longest, max(1, longest // 2))
-    ids = (tuple(v.random_ids(n + _APPENDED, v.config.seed + 30 + row)) for row, n in enumerate(prompts))
-    return Rows(tuple(ids), prompts)
+def _kernel_evaluator(v: CausalValidator, how: str, dtype: torch.dtype, layers: Collection[int]) -> GraphEvaluator:
+    return GraphEvaluator(v.bundle.model_path, dtype=dtype, custom_ops=custom_kernels(how), custom_layers=layers)
 
 
 def _kernel_stage(how: str, dtype: str) -> Callable[[CausalValidator], Stage]:
     def run(v: CausalValidator) -> Stage:
-        rows, torch_dtype = _kernel_rows(v), getattr(torch, dtype)
-        evaluator, layers = _kernel_evaluator(v, how, torch_dtype)
-        got = v.run_evaluator(evaluator, rows.calls(), capacity=rows.longest)
-        return judge_noise(
+        rows, torch_dtype = v.kernel_rows, getattr(torch, dtype)
+        layers = some_layers(v.llama.num_hidden_layers)
+        evaluator = _kernel_evaluator(v, how, torch_dtype, layers)
+        (got,) = v.run_evaluator(evaluator, [Run(rows.calls(), rows.longest)])
+        stage = judge_noise(
             f"kernels/{how}-{dtype}", v.measured(got, rows, torch_dtype), dtype=dtype, bundle_dtype=v.bundle.dtype,
             layers=[float(layer) for layer in layers],
             reason=f"the graph in {dtype} with its ops by {BY[how]}, against float64: "
             f"rows of {rows.prompts[0]} and {rows.prompts[1]} tokens in one batch, then {rows.steps} decode steps",
         )  # fmt: skip
+        return _with_operation(v, stage, evaluator, rows, torch_dtype, how, layers)
 
     return run
 
 
 def _kernel_poisoned(how: str) -> Callable[[CausalValidator], Stage]:
     def run(v: CausalValidator) -> Stage:
-        rows = _kernel_rows(v)
-        rows = Rows(tuple(ids[: n + 2] for ids, n in zip(rows.ids, rows.prompts, strict=True)), rows.prompts)
-        evaluator, layers = _kernel_evaluator(v, how, torch.float32)
-        # The layers that are not the kernels' are eager, and eager attention never lets an unseen NaN through.
-        dirty, clean = (
-            v.run_evaluator(evaluator, rows.calls(), capacity=rows.longest + 5, fill=fill) for fill in (np.nan, 0.0)
-        )
+        calls, capacity = v.kernel_rows.calls()[:3], v.kernel_rows.longest
+        # One entry that is loaded spoils everything, so two layers tell as much as all; those that are not the kernels' are
+        # eager, and eager attention never lets an unseen NaN through.
+        layers = sorted({0, v.llama.num_hidden_layers - 1})
+        evaluator = _kernel_evaluator(v, how, torch.float32, layers)
+        dirty, clean = v.run_evaluator(evaluator, [Run(calls, capacity, fill) for fill in (np.nan, 0.0)])
         found = difference(logits_pairs(dirty.rows(), clean.rows()) + cache_pairs(dirty.rows(), clean.rows()))
         return judge(
             f"kernels/{how}-poisoned-cache", found, limit=0.0, why="an entry that is never loaded changes no bit",
@@ -611,6 +621,7 @@ def engine_execution(v: CausalValidator) -> list[Stage]:
             judge_noise(
                 name, v.measured(got, rows, getattr(torch, v.bundle.dtype)), dtype=v.bundle.dtype, bundle_dtype=v.bundle.dtype,
                 series=_per_step(got.row(0), v.oracle(rows).row(0), rows.prompts[0]),
+                logits=_sample(v, got, rows),
                 reason=f"prefill of {rows.prompts[0]} and {rows.steps} decode steps on the GPU in {v.bundle.dtype} against float64",
             )
         )  # fmt: skip
@@ -637,23 +648,25 @@ STAGES: dict[str, Callable[[CausalValidator], Stage | list[Stage]]] = {
         "graph/float64-ort-bodies", _onnxruntime, "bodies", "the function bodies of model.onnxruntime.onnx"
     ),
     **{f"graph/{name}": _graph_invariance(name) for name in INVARIANCES},
-    "onnxruntime/prefill": onnxruntime_prefill,
-    "onnxruntime/chunked-prefill": onnxruntime_chunked,
-    "onnxruntime/decode": onnxruntime_decode,
-    "onnxruntime/cache": onnxruntime_cache,
-    "onnxruntime/greedy": onnxruntime_greedy,
-    **{f"onnxruntime/{name}": _onnxruntime_invariance(name) for name in INVARIANCES},
+    "onnxruntime/prefill": _located(onnxruntime_prefill),
+    "onnxruntime/chunked-prefill": _located(onnxruntime_chunked),
+    "onnxruntime/decode": _located(onnxruntime_decode),
+    "onnxruntime/cache": _located(onnxruntime_cache),
+    "onnxruntime/greedy": _located(onnxruntime_greedy),
+    **{f"onnxruntime/{name}": _located(_onnxruntime_invariance(name)) for name in INVARIANCES},
     "onnxruntime/repeat": onnxruntime_repeat,
     "onnxruntime/in-place": onnxruntime_in_place,
     "evaluator/bfloat16": _noise_stage("bfloat16"),
     "evaluator/float16": _noise_stage("float16"),
+    "text/onnxruntime": text_onnxruntime,
+    "text/evaluator": text_evaluator,
     **{
         f"kernels/{how}-{dtype}": _kernel_stage(how, dtype)
-        for how in ("interpreter", "enqueue")
+        for how in BY
         for dtype in ("float32", "bfloat16", "float16")
     },
-    **{f"kernels/{how}-poisoned-cache": _kernel_poisoned(how) for how in ("interpreter", "enqueue")},
-    **{f"ops/{how}": op_stage(how) for how in ("interpreter", "enqueue")},
+    **{f"kernels/{how}-poisoned-cache": _kernel_poisoned(how) for how in BY},
+    **{f"ops/{how}": op_stage(how) for how in BY},
     "engine/structure": engine_structure,
     "engine/execution": engine_execution,
 }

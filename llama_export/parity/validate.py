@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -12,6 +14,7 @@ from llama_export.bundle import Bundle, sha256_of_file
 from llama_export.environment import environment
 from llama_export.errors import ConfigError, LlamaExportError, MissingDependencyError
 from llama_export.graph_io import INTERFACES
+from llama_export.parity.case import remove_cases
 from llama_export.parity.head_stages import HEAD_STAGES, HeadValidator
 from llama_export.parity.judge import NotRun, ValidateConfig, Validator
 from llama_export.parity.result import ParityReport, Stage, matches
@@ -30,7 +33,7 @@ def validate_bundle(
     """Runs every selected stage and reports.
 
     Raises:
-        ConfigError: a name in ``stages`` or ``require`` selects nothing, or the model's context is too short to decode.
+        ConfigError, ShapeError: a name in ``stages`` or ``require`` selects nothing; see also :func:`stages_of`.
     """
     config = config or ValidateConfig()
     validator, available = stages_of(bundle, config)
@@ -39,8 +42,10 @@ def validate_bundle(
             raise ConfigError(
                 f"no stage `{selector}`",
                 details={"got": selector, "expected": ", ".join(available)},
-                hint="a name, or the part before its slash",
+                hint=_nearest(selector, available),
             )
+    if config.cases is not None:
+        remove_cases(config.cases)
     stages = []
     for name, run in available.items():
         if config.stages and not any(matches(name, selector) for selector in config.stages):
@@ -52,7 +57,7 @@ def validate_bundle(
     return ParityReport(
         stages=tuple(stages),
         required=config.require,
-        environment={**environment(), "command": f"llama-export validate {_name(bundle)} --steps {config.steps}"},
+        environment={**environment(), "command": _command(bundle, config)},
         hashes={
             "graph": sha256_of_file(bundle.model_path),
             **{path.name: sha256_of_file(path) for path in bundle.engines},
@@ -74,16 +79,37 @@ def stages_of(
     """What a bundle's stages share, and name -> stage, by its task.
 
     Raises:
-        ConfigError: the model's longest sequence is too short for ``config``.
+        ConfigError: the model's longest sequence is too short for ``config``; or its text cannot be used, or means nothing to the task.
+        ShapeError: the tokenizer is another model's.
     """
     if INTERFACES[bundle.task].has_cache:
         return CausalValidator(bundle, config), STAGES
+    if config.text is not None:
+        raise ConfigError(
+            f"a text to measure on means nothing to {bundle.task}",
+            details={"bundle": bundle.folder, "got": "--text", "expected": "causal-lm, which predicts the next token"},
+            hint="leave --text out",
+        )
     return HeadValidator(bundle, config), HEAD_STAGES
+
+
+def _nearest(selector: str, available: Collection[str]) -> str:
+    """What a name that selects nothing was meant to be."""
+    names = [*available, *dict.fromkeys(name.partition("/")[0] for name in available)]
+    found = difflib.get_close_matches(selector.lower(), names, n=1, cutoff=0.5)
+    return f"did you mean `{found[0]}`?" if found else "a name, or the part before its slash"
 
 
 def _name(bundle: Bundle) -> str:
     """The folder's own name: a report travels, the path to the bundle does not."""
     return bundle.folder.resolve().name
+
+
+def _command(bundle: Bundle, config: ValidateConfig) -> str:
+    """What reproduces the report, from the folder that holds the bundle and the text."""
+    seed = ["--seed", str(config.seed)] if config.seed else []
+    text = [] if config.text is None else ["--text", config.text.name]
+    return shlex.join(["llama-export", "validate", _name(bundle), "--steps", str(config.steps), *seed, *text])
 
 
 def run_stage(name: str, run: Callable[[Any], Stage | list[Stage]], validator: Validator) -> list[Stage]:

@@ -32,6 +32,7 @@ class OnnxRuntimeSession:
         max_seq_len: C, tokens each row can hold.
         batch_size: B, rows.
         threads: of onnxruntime's operators; None lets onnxruntime choose (one per core).
+        graph: from :func:`open_graph` of the same bundle, to be shared by sessions that do not run at the same time.
 
     Raises:
         MissingDependencyError: no onnxruntime.
@@ -41,7 +42,15 @@ class OnnxRuntimeSession:
 
     backend = "onnxruntime-cpu"
 
-    def __init__(self, bundle: Bundle, *, max_seq_len: int, batch_size: int = 1, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        max_seq_len: int,
+        batch_size: int = 1,
+        threads: int | None = None,
+        graph: OpenGraph | None = None,
+    ) -> None:
         if bundle.task != "causal-lm":
             raise ConfigError(
                 f"this bundle does not generate text: its task is {bundle.task}",
@@ -59,7 +68,7 @@ class OnnxRuntimeSession:
         self.batch_size = batch_size
         self.capacity = max_seq_len
         self.dtype = bundle.dtype
-        onnxruntime, self._session = open_graph(bundle, threads)
+        onnxruntime, self._session = graph or open_graph(bundle, threads)
         self._new_value = onnxruntime.OrtValue.ortvalue_from_numpy
         self._binding = self._session.io_binding()
         self.cache: dict[str, Any] = {}
@@ -264,7 +273,11 @@ def checked_texts(
     return ids, mask
 
 
-def open_graph(bundle: Bundle, threads: int | None) -> tuple[Any, Any]:
+OpenGraph = tuple[Any, Any]
+"""The onnxruntime module, and an inference session of a bundle's onnxruntime graph."""
+
+
+def open_graph(bundle: Bundle, threads: int | None = None) -> OpenGraph:
     """(the onnxruntime module, an inference session of the bundle's onnxruntime graph).
 
     Raises:

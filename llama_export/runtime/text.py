@@ -54,6 +54,12 @@ class TextCodec:
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
+    def text_of(self, token: int) -> str:
+        """What one token adds to a text, its leading space included; a special token's name."""
+        once, twice = (self._tokenizer.decode([token] * count, skip_special_tokens=False) for count in (1, 2))
+        added: str = twice[len(once) :]  # the first token of a text may lose its space
+        return added
+
     def stream(self) -> TextStream:
         """A decoder for tokens that arrive one by one."""
         return TextStream(self._tokenizer)

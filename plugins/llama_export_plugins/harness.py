@@ -763,6 +763,10 @@ def run_plugin(
     Raises:
         PluginError: the plugin refused, or broke a rule of TensorRT or CUDA.
     """
+    if device != "cpu":
+        torch.cuda.synchronize(
+            device
+        )  # a context must be current before TensorRT's calls; PyTorch makes its own on first use
     names = [name for name, _ in library.creators[op].fields]
     fields = [Field.from_attribute(name, value) for name, value in zip(names, attributes, strict=True)]
     given = [(tuple(tensor.shape), tensor.dtype) for tensor in inputs]

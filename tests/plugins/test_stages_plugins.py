@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +26,12 @@ from llama_export.kv_cache import cache_names
 from llama_export.parity import judge
 from llama_export.parity.evaluator import GraphEvaluator
 from llama_export.parity.judge import ValidateConfig
+from llama_export.parity.op_stages import DTYPES
 from llama_export.parity.result import Stage
 from llama_export.parity.validate import validate_bundle
 
 HOW = ("interpreter", "enqueue")
+"""Those that need no GPU."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def run(bundle: Bundle, *names: str) -> dict[str, Stage]:
 
 
 def test_a_sound_bundle_passes_at_every_dtype(bundle: Bundle) -> None:
-    found = run(bundle, "kernels")
+    found = run(bundle, *(f"kernels/{how}-{what}" for how in HOW for what in (*DTYPES, "poisoned-cache")))
     assert len(found) == 8
     for name, stage in found.items():
         if name.endswith("poisoned-cache"):
@@ -58,7 +61,7 @@ def test_a_sound_bundle_passes_at_every_dtype(bundle: Bundle) -> None:
         assert 0 < float(stage.metrics["error"]) <= stage.tolerance.value  # type: ignore[union-attr, arg-type]
         assert stage.metrics["layers"] == [0.0, 1.0]
     # The same kernels on the same values: what the C++ code launches is what Python launches.
-    for dtype in ("float32", "bfloat16", "float16"):
+    for dtype in DTYPES:
         first, second = (found[f"kernels/{how}-{dtype}"].metrics["error"] for how in HOW)
         assert first == second
 
@@ -101,10 +104,39 @@ def test_a_wrong_graph_fails(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_without_triton_the_stages_are_not_run_and_say_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "kernels_installed", lambda: "the Python package `triton` is not installed")
+    monkeypatch.setattr(judge, "kernels_installed", lambda **_: "the Python package `triton` is not installed")
     for stage in run(bundle, "kernels").values():
         assert stage.verdict == "not-run"
         assert "triton" in str(stage.reason)
+
+
+def test_another_triton_is_a_reason_and_no_crash(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter raised in the middle of a validation, on NumPy 2.5."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.6.0")
+    stage = run(bundle, "kernels/interpreter-float32")["kernels/interpreter-float32"]
+    assert (stage.verdict, "triton 3.6.0" in stage.reason, "3.9" in stage.reason) == ("not-run", True, True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_its_stages_are_not_run(bundle: Bundle) -> None:
+    found = run(bundle, "kernels/gpu-float32", "kernels/gpu-poisoned-cache", "ops/gpu")
+    assert {(stage.verdict, "no GPU" in stage.reason) for stage in found.values()} == {("not-run", True)}
+
+
+def test_the_gpu_stages_drive_the_real_driver(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What differs from ``enqueue`` is the device alone; here the stand-in answers for it."""
+    asked: list[str] = []
+    right = harness.enqueue_ops()
+
+    def made(*, device: str) -> dict[str, Callable[..., Any]]:
+        asked.append(device)
+        return right
+
+    monkeypatch.setattr(harness, "enqueue_ops", made)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    name = "kernels/gpu-float32"
+    assert run(bundle, name)[name].verdict == "pass"
+    assert asked == ["cuda"]
 
 
 def test_an_unusable_library_fails_the_enqueue_stages_only(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

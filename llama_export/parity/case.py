@@ -1,0 +1,332 @@
+"""One operation of a graph with its inputs, on disk: so that a fault can be looked at without the model it was found in.
+
+A *segment* is the smallest part of a graph between tensors that the oracle knows: most often one node, together with the
+shape arithmetic that only it reads. A *case* is a segment as an ONNX file of its own, its inputs, and what it should give;
+``llama-export reproduce`` runs it again, and so can anything else that reads ONNX and ``.npy`` files.
+
+::
+
+    op.onnx        the segment; its weights lie in weights.bin
+    input.N.npy    what it reads
+    want.npy       what the oracle says
+    case.json      names, dtypes, how it was run, limits
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import onnx
+import torch
+from google.protobuf.message import DecodeError
+from onnx import helper
+from torch import Tensor
+
+from llama_export.bundle import json_bytes, write_error
+from llama_export.config import load_json_object
+from llama_export.errors import ConfigError, MissingDependencyError, ToolchainError
+from llama_export.parity.evaluator import CustomOps, GraphEvaluator
+from llama_export.parity.judge import NotRun, custom_kernels
+from llama_export.parity.metrics import Difference, difference
+from llama_export.parity.tensors import to_numpy
+
+SCHEMA_VERSION = 1
+Runtime = Literal["evaluator", "onnxruntime"]
+_WEIGHTS = "weights.bin"
+_ELEM_TYPES = {
+    torch.float64: onnx.TensorProto.DOUBLE,
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+    torch.int64: onnx.TensorProto.INT64,
+    torch.int32: onnx.TensorProto.INT32,
+    torch.bool: onnx.TensorProto.BOOL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Nodes that compute known tensors from known tensors."""
+
+    nodes: tuple[onnx.NodeProto, ...]
+    """In the graph's order; the last one writes ``outputs``."""
+    inputs: tuple[str, ...]
+    """Known tensors and graph inputs."""
+    outputs: tuple[str, ...]
+    """Known tensors."""
+
+    @property
+    def node(self) -> onnx.NodeProto:
+        """The one that writes the outputs."""
+        return self.nodes[-1]
+
+
+def segments(graph: onnx.GraphProto, known: Collection[str]) -> list[Segment]:
+    """The graph as parts between known tensors, in its order. What no known tensor needs belongs to none.
+
+    Args:
+        known: tensors that the oracle has, graph outputs among them.
+    """
+    given = {value.name for value in graph.input} | set(known)
+    weights = {item.name for item in graph.initializer}
+    found = []
+    for index, node in enumerate(graph.node):
+        outputs = tuple(name for name in node.output if name in known)
+        if outputs:
+            nodes = [node]
+            wanted = set(node.input) - given
+            for other in reversed(graph.node[:index]):
+                if wanted.intersection(other.output):
+                    nodes.insert(0, other)
+                    wanted |= set(other.input) - given
+            made = {name for other in nodes for name in other.output} - given
+            read = dict.fromkeys(name for other in nodes for name in other.input)
+            inputs = tuple(name for name in read if name and name not in made | weights)
+            found.append(Segment(tuple(nodes), inputs, outputs))
+    return found
+
+
+def segment_model(model: onnx.ModelProto, segment: Segment, inputs: Mapping[str, Tensor]) -> onnx.ModelProto:
+    """A segment as a model; its weights stay where they are.
+
+    Args:
+        model: the segment's graph and its functions.
+        inputs: examples; their dtypes and ranks become the model's. A float64 one is declared as float32, since only an
+            evaluation is in float64.
+    """
+    read = {name for node in segment.nodes for name in node.input}
+    ops = {node.op_type for node in segment.nodes}
+    return helper.make_model(
+        helper.make_graph(
+            segment.nodes, "segment",
+            [helper.make_tensor_value_info(name, _declared(inputs[name].dtype), [None] * inputs[name].ndim) for name in segment.inputs],
+            [onnx.ValueInfoProto(name=name) for name in segment.outputs],
+            initializer=[item for item in model.graph.initializer if item.name in read],
+        ),
+        opset_imports=model.opset_import, ir_version=model.ir_version,
+        functions=[item for item in model.functions if item.name in ops],
+    )  # fmt: skip
+
+
+def _declared(dtype: torch.dtype) -> int:
+    return int(_ELEM_TYPES[torch.float32 if dtype == torch.float64 else dtype])
+
+
+class SegmentRunner:
+    """Runs one segment as often as asked.
+
+    Args:
+        model: from :func:`segment_model`.
+        runtime: what computes it.
+        dtype: of the floats: float64, float32, float16, bfloat16; onnxruntime has its own, float32.
+        custom_ops: the evaluator's; see :class:`llama_export.parity.evaluator.GraphEvaluator`.
+        folder: where the weights lie.
+    """
+
+    def __init__(
+        self, model: onnx.ModelProto, *, runtime: Runtime, dtype: torch.dtype, custom_ops: CustomOps, folder: Path
+    ) -> None:
+        self.run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+        """Input name -> tensor; output name -> tensor."""
+        if runtime == "evaluator":
+            self.run = GraphEvaluator(
+                model, folder=folder, dtype=dtype, custom_ops=custom_ops, convert_inputs=False
+            ).run
+        else:
+            self.run = partial(_run_onnxruntime, _onnxruntime_session(model, folder))
+
+
+def _run_onnxruntime(session: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = [value.name for value in session.get_outputs()]
+    feeds = {name: to_numpy(tensor) for name, tensor in inputs.items()}
+    return dict(zip(names, map(torch.from_numpy, session.run(names, feeds)), strict=True))
+
+
+def _onnxruntime_session(model: onnx.ModelProto, folder: Path) -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as err:
+        raise MissingDependencyError("onnxruntime", "cpu") from err
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as err:
+        raise ToolchainError(
+            "onnxruntime cannot open the operation", details={"reason": err}, hint="see `llama-export env`"
+        ) from err
+
+
+# ---- on disk -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What ``case.json`` says."""
+
+    stage: str
+    """Where it was found."""
+    call: str
+    """The call whose inputs these are, e.g. ``prefill``."""
+    layer: int | None
+    op: str
+    node: str
+    tensor: str
+    """The output that is wrong."""
+    runtime: Runtime
+    dtype: str
+    custom_ops: str
+    """``eager`` or ``bodies``; or how the plugins' kernels run: ``interpreter``, ``enqueue``, ``gpu``."""
+    inputs: Mapping[str, str]
+    """Input -> dtype; ``input.N.npy`` in this order. 16-bit values are stored widened to float32."""
+    limit_relative_l2: float
+    limit_relative_max: float
+    """What the output may differ from ``want.npy``: relative L2, and the maximum as a share of the largest value."""
+
+
+def save_case(
+    folder: Path, case: Case, model: onnx.ModelProto, weights: Path, inputs: Mapping[str, Tensor], want: Tensor
+) -> None:
+    """Writes a case, replacing one that lies there.
+
+    Args:
+        model: from :func:`segment_model`.
+        weights: the folder its weights lie in.
+
+    Raises:
+        ToolchainError: no space. ExportError: the folder cannot be written to.
+    """
+    own = onnx.ModelProto()
+    own.CopyFrom(model)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with (folder / _WEIGHTS).open("wb") as stream:
+            for item in own.graph.initializer:
+                _take_along(item, weights, stream)
+        (folder / "op.onnx").write_bytes(own.SerializeToString())
+        for number, name in enumerate(case.inputs):
+            np.save(folder / f"input.{number}.npy", to_numpy(inputs[name]))
+        np.save(folder / "want.npy", to_numpy(want.double()))
+        (folder / "case.json").write_bytes(json_bytes({"schema_version": SCHEMA_VERSION, **asdict(case)}))
+    except OSError as err:
+        raise write_error(err, folder) from err
+
+
+def remove_cases(folder: Path) -> None:
+    """Removes the cases of an earlier validation, and nothing else."""
+    for path in folder.glob("*/case.json"):
+        shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _take_along(item: onnx.TensorProto, source: Path, stream: BinaryIO) -> None:
+    """Copies an initializer's bytes, and points it at the copy."""
+    where = {entry.key: entry.value for entry in item.external_data}
+    if not where:
+        return
+    begin, left = stream.tell(), int(where["length"])
+    with (source / where["location"]).open("rb") as reader:
+        reader.seek(int(where["offset"]))
+        while left and (block := reader.read(min(left, 1 << 22))):
+            stream.write(block)
+            left -= len(block)
+    for entry in item.external_data:
+        entry.value = {"location": _WEIGHTS, "offset": str(begin)}.get(entry.key, entry.value)
+
+
+def reproduce_case(folder: Path) -> tuple[Case, Difference, bool]:
+    """Runs a saved operation again.
+
+    Args:
+        folder: written by :func:`save_case`.
+
+    Returns:
+        The case, how far its output is from the oracle's, and whether that is still more than its limit.
+
+    Raises:
+        ConfigError: no case there, a damaged one, or one of another version.
+        ToolchainError: what it was run with is not here.
+    """
+    case = _read_case(folder)
+    try:
+        arrays = [np.load(folder / f"input.{number}.npy", allow_pickle=False) for number in range(len(case.inputs))]
+        want = np.load(folder / "want.npy", allow_pickle=False)
+        model = onnx.load(str(folder / "op.onnx"), load_external_data=False)
+    except (OSError, ValueError, DecodeError) as err:
+        raise _damaged(folder, err) from err
+    kinds = (getattr(torch, name) for name in case.inputs.values())
+    inputs = {
+        name: torch.from_numpy(array).to(kind) for name, array, kind in zip(case.inputs, arrays, kinds, strict=True)
+    }
+    dtype, custom_ops = getattr(torch, case.dtype), custom_ops_named(case.custom_ops)
+    runner = SegmentRunner(model, runtime=case.runtime, dtype=dtype, custom_ops=custom_ops, folder=folder)
+    found = difference([(case.tensor, to_numpy(runner.run(inputs)[case.tensor]), want)])
+    return case, found, not within(found, case.limit_relative_l2, case.limit_relative_max)
+
+
+def within(found: Difference, limit_l2: float, limit_max: float) -> bool:
+    """Whether an error is inside both limits; what is not finite never is."""
+    return found.nonfinite == 0 and found.relative_l2 <= limit_l2 and found.relative <= limit_max
+
+
+def custom_ops_named(name: str) -> CustomOps:
+    """``eager``, ``bodies``, or the functions of a way to run the plugins' kernels.
+
+    Raises:
+        ToolchainError: this machine cannot run them.
+    """
+    if name == "eager":
+        return "eager"
+    if name == "bodies":
+        return "bodies"
+    try:
+        return custom_kernels(name)
+    except NotRun as reason:
+        raise ToolchainError(
+            "the operation was computed by kernels that cannot run here",
+            details={"kernels": name, "reason": reason},
+            hint="reproduce it on the machine where it was found",
+        ) from reason
+
+
+def _read_case(folder: Path) -> Case:
+    path = folder / "case.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"`{folder}` is not a saved operation",
+            details={"missing": path.name},
+            hint="give the folder that a failed `llama-export validate` names after `reproduce`",
+        )
+    data = load_json_object(path)
+    version = data.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise ConfigError(
+            "this operation was saved by another version",
+            details={"file": path, "got": version, "expected": SCHEMA_VERSION},
+            hint="validate again with this version",
+        )
+    try:
+        case = Case(**data)
+        known = case.runtime in ("evaluator", "onnxruntime") and all(
+            hasattr(torch, kind) for kind in case.inputs.values()
+        )
+        if not known or not hasattr(torch, case.dtype):
+            raise ValueError("a runtime or dtype that is not known")
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise _damaged(folder, err) from err
+    return case
+
+
+def _damaged(folder: Path, err: Exception) -> ConfigError:
+    return ConfigError(
+        "the saved operation is not complete",
+        details={"case": folder, "reason": err},
+        hint="validate again: it is written anew",
+    )
