@@ -144,6 +144,8 @@ class EngineFacts:
     """GPUs it was compiled for, e.g. ``8.0``."""
     forward_compatible: bool
     """Later GPUs that the backend supports run it too."""
+    tf32: bool
+    """Whether float32 products round their inputs to TF32."""
     not_checked: tuple[str, ...]
     """What could not be looked at, and why; empty when everything was."""
 
@@ -860,6 +862,7 @@ def check_engine(bundle: Bundle, engine_path: Path) -> EngineFacts:
             plugin_library=sidecar["plugin_library"],
             compute_capabilities=tuple(sidecar["compute_capabilities"]),
             forward_compatible=sidecar["forward_compatible"],
+            tf32=sidecar["settings"]["tf32"],
             not_checked=tuple(not_checked),
         )
     except (ConfigError, ShapeError, KeyError, TypeError, AttributeError, ValueError) as err:

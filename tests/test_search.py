@@ -19,15 +19,19 @@ from support import snapshot
 
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.cli import main
+from llama_export.config import EngineConfig
+from llama_export.engine import build_engine, check_engine
 from llama_export.export import export_checkpoint
 from llama_export.parity import stages as stages_module
 from llama_export.parity.calls import Answers
 from llama_export.parity.case import SegmentRunner, reproduce_case, segment_model, segments
+from llama_export.parity.evaluator import GraphEvaluator
 from llama_export.parity.faults import inject
 from llama_export.parity.judge import ValidateConfig
 from llama_export.parity.prefix import first_layers
 from llama_export.parity.result import Stage
 from llama_export.parity.search import first_failing_layer
+from llama_export.parity.sessions import evaluator_session
 from llama_export.parity.stages import CausalValidator
 from llama_export.parity.validate import validate_bundle
 from llama_export.runtime import OnnxRuntimeSession
@@ -241,6 +245,48 @@ def test_what_only_16_bits_lose_is_named(sound: Bundle, tmp_path: Path, dtype: s
     assert (place["layer"], place["op"], place["tensor"]) == (1, "Sub", wanted)
 
 
+# ---- engines ----------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_is_searched_by_engines_of_its_first_layers(
+    sound: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built by TensorRT-RTX, each with the whole structure checked; what a GPU would compute is made up: wrong from layer 3 on."""
+    pytest.importorskip("tensorrt_rtx_bindings")
+    shutil.copytree(sound.folder, tmp_path / "built")
+    bundle = load_bundle(tmp_path / "built", ignore_hashes=True)
+    ops = "native"
+    build_engine(bundle, EngineConfig(ops=ops, max_seq_len=24, max_batch=2))
+    built: list[tuple[str, int]] = []
+
+    class OnAGpu:
+        """The interface of an engine's session over the evaluator."""
+
+        def __init__(self, bundle: Bundle, engine: Path) -> None:
+            facts = check_engine(bundle, engine)
+            layers = bundle.config.num_hidden_layers
+            built.append((facts.ops, layers))
+            evaluator = GraphEvaluator(bundle.model_path, dtype=torch.float32)
+            self._right = evaluator_session(evaluator, bundle.config, max_seq_len=facts.max_seq_len)
+            self._factor = 1.01 if layers > 3 else 1.0
+            self.cache_array = self._right.cache_array
+
+        def step(self, *arguments: Any, **settings: Any) -> Any:
+            return self._right.step(*arguments, **settings) * self._factor
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(stages_module, "EngineSession", OnAGpu)
+    monkeypatch.setattr(stages_module, "execution_blocker", lambda backend: None)
+    before = snapshot(bundle.folder)
+    (stage,) = run(bundle, "engine/execution").values()
+    assert (stage.verdict, stage.name.startswith("engine/execution/")) == ("fail", True)
+    assert stage.first_divergence == {"layer": 3, "op": None, "node": None, "tensor": None, "confirmed": "yes"}
+    assert built == [(ops, LAYERS), (ops, 2), (ops, 3), (ops, 4), (ops, LAYERS)]
+    assert snapshot(bundle.folder) == before
+
+
 # ---- saved operations -------------------------------------------------------------------------------------------
 
 
@@ -328,7 +374,6 @@ def test_a_folder_without_a_case_is_refused(tmp_path: Path, capsys: pytest.Captu
 def test_segments_cover_the_graph_and_compute_what_it_computes(sound: Bundle) -> None:
     """Each alone on the values of a whole run gives the values of the whole run, bit by bit."""
     from llama_export.kv_cache import cache_names, cache_shape
-    from llama_export.parity.evaluator import GraphEvaluator
 
     evaluator = GraphEvaluator(sound.model_path, custom_ops="bodies")
     feeds = {

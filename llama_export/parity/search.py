@@ -171,24 +171,24 @@ class OperationSearch:
 
 # ---- artefacts ---------------------------------------------------------------------------------------------------
 
-Artefact = Callable[["CausalValidator"], Answers]
-"""What shares a bundle, the whole one or a prefix -> what its artefact makes of the rows there."""
+Artefact = Callable[["CausalValidator", Rows], Answers]
+"""(what shares a bundle, the whole one or a prefix; rows) -> what its artefact makes of them."""
 
 
-def layer_of_artefact(v: CausalValidator, artefact: Artefact, dtype: torch.dtype) -> int:
+def layer_of_artefact(v: CausalValidator, artefact: Artefact, rows: Rows, dtype: torch.dtype) -> int:
     """The layer that makes a compiled artefact wrong, by prefixes."""
 
     def passes(count: int) -> bool:
         with first_layers(v.bundle, count) as bundle:
-            return is_right(v.of_prefix(bundle), artefact, dtype)
+            return is_right(v.of_prefix(bundle), artefact, rows, dtype)
 
     return first_failing_layer(passes, v.llama.num_hidden_layers)
 
 
-def is_right(v: CausalValidator, artefact: Artefact, dtype: torch.dtype) -> bool:
+def is_right(v: CausalValidator, artefact: Artefact, rows: Rows, dtype: torch.dtype) -> bool:
     """Whether an artefact is inside the noise floor; one that cannot even be run is not."""
     try:
-        return all(item.share <= 1 for item in v.measured(artefact(v), v.rows, dtype))
+        return all(item.share <= 1 for item in v.measured(artefact(v, rows), rows, dtype))
     except (LlamaExportError, ValueError):
         return False
 
@@ -224,19 +224,38 @@ def operation_search(
 def onnxruntime_divergence(v: CausalValidator, artefact: Artefact, stage: str) -> dict[str, Any]:
     """Where onnxruntime's results leave the noise floor: layer, op, and whether the untouched file shows it again."""
     rows, dtype = v.rows, torch.float32
-    layer = layer_of_artefact(v, artefact, dtype)
+    layer = layer_of_artefact(v, artefact, rows, dtype)
     graph = GraphEvaluator(v.bundle.onnxruntime_path)
     calls = rows.calls()
     search, known, inputs = operation_search(
         v, graph, calls, rows.longest, runtime="onnxruntime", dtype=dtype, custom_ops="bodies"
     )
     culprit = search.culprit(suspects(graph.graph, known, layer), inputs, _tried(rows))
-    found = (
-        _named(v, search, culprit, calls, stage)
-        if culprit
-        else {"layer": layer, "op": None, "node": None, "tensor": None}
-    )
-    return {**found, "confirmed": "yes" if not is_right(v, artefact, dtype) else "no: the next run was right"}
+    found = None if culprit is None else _named(v, search, culprit, calls, stage)
+    return _confirmed(v, artefact, rows, dtype, layer, found)
+
+
+def engine_divergence(
+    v: CausalValidator, artefact: Artefact, rows: Rows, dtype: torch.dtype, plugin_ops: Collection[str], stage: str
+) -> dict[str, Any]:
+    """Where an engine's results leave the noise floor: the layer by engines of the first layers, the op if it is a plugin's.
+
+    An operation that is TensorRT's own exists in the engine alone, fused with its neighbours.
+    """
+    layer = layer_of_artefact(v, artefact, rows, dtype)
+    found = None
+    if plugin_ops:
+        graph = GraphEvaluator(v.bundle.model_path, dtype=dtype)
+        found = evaluator_divergence(v, graph, rows, dtype, "gpu", [layer], stage, only=plugin_ops)
+    return _confirmed(v, artefact, rows, dtype, layer, found)
+
+
+def _confirmed(
+    v: CausalValidator, artefact: Artefact, rows: Rows, dtype: torch.dtype, layer: int, found: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What was found in a copy, or the bare layer; and whether the untouched artefact, run once more, is wrong again."""
+    place = found or {"layer": layer, "op": None, "node": None, "tensor": None}
+    return {**place, "confirmed": "no: the next run was right" if is_right(v, artefact, rows, dtype) else "yes"}
 
 
 def evaluator_divergence(
@@ -247,13 +266,22 @@ def evaluator_divergence(
     custom_ops: str,
     layers: Collection[int],
     stage: str,
+    only: Collection[str] = (),
 ) -> dict[str, Any] | None:
-    """Where an evaluation at a dtype leaves the noise floor: every operation of these layers, and those outside, alone."""
+    """Where an evaluation at a dtype leaves the noise floor: every operation of these layers, and those outside, alone.
+
+    Args:
+        only: op types; default: all.
+    """
     calls = rows.calls()
     search, known, inputs = operation_search(
         v, graph, calls, rows.longest, runtime="evaluator", dtype=dtype, custom_ops=custom_ops
     )
-    candidates = [item for item in segments(graph.graph, known) if layer_of(item.node.name) in (*layers, None)]
+    candidates = [
+        item
+        for item in segments(graph.graph, known)
+        if layer_of(item.node.name) in (*layers, None) and (not only or item.node.op_type in only)
+    ]
     culprit = search.culprit(candidates, inputs, _tried(rows))
     return None if culprit is None else _named(v, search, culprit, calls, stage)
 

@@ -25,8 +25,8 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from llama_export.bundle import Bundle
-from llama_export.config import expected_tensors
-from llama_export.engine import check_engine
+from llama_export.config import Backend, EngineConfig, expected_tensors
+from llama_export.engine import EngineFacts, build_engine, check_engine
 from llama_export.engine_session import EngineSession, execution_blocker
 from llama_export.errors import ConfigError, MissingDependencyError
 from llama_export.kv_cache import cache_names
@@ -73,7 +73,7 @@ try:
     from llama_export.parity.locate import Trace, tensor_errors
     from llama_export.parity.op_stages import op_stage
     from llama_export.parity.rope_stages import graph_rope, reference_rope
-    from llama_export.parity.search import evaluator_divergence, graph_case, onnxruntime_divergence
+    from llama_export.parity.search import engine_divergence, evaluator_divergence, graph_case, onnxruntime_divergence
     from llama_export.parity.sessions import TransformersSession, answers, reference_session
     from llama_export.parity.text_stages import TextValidator, text_evaluator, text_onnxruntime
 except ModuleNotFoundError as err:
@@ -230,7 +230,9 @@ class CausalValidator(TextValidator):
         graph = self.found_wrong.get(self.bundle.onnxruntime_path)
         if graph is not None:
             return graph  # the file itself is wrong, whoever runs it
-        return onnxruntime_divergence(self, lambda v: v.run_onnxruntime(v.run), "onnxruntime")
+        return onnxruntime_divergence(
+            self, lambda v, rows: v.run_onnxruntime(Run(rows.calls(), v.capacity)), "onnxruntime"
+        )
 
 
 # ---- the reference ----------------------------------------------------------------------------------------------
@@ -603,6 +605,23 @@ def _kernel_poisoned(how: str) -> Callable[[CausalValidator], Stage]:
     return run
 
 
+def _engine_artefact(v: CausalValidator, path: Path, facts: EngineFacts) -> Callable[[CausalValidator, Rows], Answers]:
+    """Runs the engine; of a prefix, one that is built in the same way first."""
+    config = EngineConfig(
+        backend=cast(Backend, facts.backend), ops=facts.ops, max_seq_len=facts.max_seq_len, max_batch=facts.max_batch, tf32=facts.tf32
+    )  # fmt: skip
+
+    def run(which: CausalValidator, rows: Rows) -> Answers:
+        engine = path if which is v else Path(build_engine(which.bundle, config).engine)
+        session = EngineSession(which.bundle, engine)
+        try:
+            return answers(session, rows.calls(), which.cache_names)
+        finally:
+            session.close()
+
+    return run
+
+
 def engine_execution(v: CausalValidator) -> list[Stage]:
     """Prefill and decode on the GPU, held to the noise floor of the bundle's dtype."""
     if not v.bundle.engines:
@@ -617,15 +636,19 @@ def engine_execution(v: CausalValidator) -> list[Stage]:
             continue
         ids = v.rows.ids[0][: facts.max_seq_len]  # an engine may hold fewer tokens than the other stages use
         rows = one_row(ids, min(v.prompt, len(ids) - 1))
-        got = answers(EngineSession(v.bundle, path), rows.calls(), v.cache_names)
-        stages.append(
-            judge_noise(
-                name, v.measured(got, rows, getattr(torch, v.bundle.dtype)), dtype=v.bundle.dtype, bundle_dtype=v.bundle.dtype,
-                series=_per_step(got.row(0), v.oracle(rows).row(0), rows.prompts[0]),
-                logits=_sample(v, got, rows),
-                reason=f"prefill of {rows.prompts[0]} and {rows.steps} decode steps on the GPU in {v.bundle.dtype} against float64",
-            )
+        dtype = getattr(torch, v.bundle.dtype)
+        artefact = _engine_artefact(v, path, facts)
+        got = artefact(v, rows)
+        stage = judge_noise(
+            name, v.measured(got, rows, dtype), dtype=v.bundle.dtype, bundle_dtype=v.bundle.dtype,
+            series=_per_step(got.row(0), v.oracle(rows).row(0), rows.prompts[0]),
+            logits=_sample(v, got, rows),
+            reason=f"prefill of {rows.prompts[0]} and {rows.steps} decode steps on the GPU in {v.bundle.dtype} against float64",
         )  # fmt: skip
+        if stage.verdict == "fail":
+            found = engine_divergence(v, artefact, rows, dtype, facts.plugin_layers, name)
+            stage = replace(stage, first_divergence=found)
+        stages.append(stage)
     return stages
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import codecs
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +46,7 @@ try:
 
     from llama_export.parity.calls import Call, Run, call, graph_inputs
     from llama_export.parity.evaluator import GraphEvaluator
-    from llama_export.parity.sessions import Session, TransformersSession
+    from llama_export.parity.sessions import TransformersSession
     from llama_export.parity.tensors import to_numpy
 except ModuleNotFoundError as err:
     raise MissingDependencyError(err.name or "torch", "export") from err
@@ -263,30 +263,26 @@ class TextValidator(Validator):
     def text_floor(self, dtype: torch.dtype) -> Scores:
         """transformers' eager model on the same windows."""
         if dtype not in self._text_floors:
-            model = self.transformers_model(dtype)
-            self._text_floors[dtype] = self.text_scores(self._each_window(lambda: TransformersSession(model)))
-            del model
+            self._text_floors[dtype] = self.text_scores(self._transformers_windows(dtype))
             gc.collect()
         return self._text_floors[dtype]
 
     def text_scores(self, windows: Iterable[NDArray[Any]]) -> Scores:
-        """Scores a model's logits [n, V] per window."""
+        """Scores a model's logits [n, V] per window; the oracle's come first, so a lazy model is not in memory with it."""
         return score(windows, self.text_oracle, self.text)
 
-    def _each_window(self, session: Callable[[], Session]) -> Iterator[NDArray[Any]]:
-        """Logits [n, V] of each window, by a session without a past."""
+    def _transformers_windows(self, dtype: torch.dtype) -> Iterator[NDArray[Any]]:
+        model = self.transformers_model(dtype)
         for one in self.text.calls():
-            yield session().step(one.input_ids, logits_index=one.logits_index)[0]
+            # Windows are of equal length: where RoPE remembers the longest sequence it has seen, that is no other one.
+            yield TransformersSession(model).step(one.input_ids, logits_index=one.logits_index)[0]
 
     def onnxruntime_windows(self) -> Iterator[NDArray[Any]]:
-        """The same by the file that onnxruntime runs."""
-        session = OnnxRuntimeSession(self.bundle, max_seq_len=self.text.ids.shape[1], graph=self.onnxruntime_graph)
-
-        def fresh() -> Session:
+        """[n, V] per window, by the file that onnxruntime runs."""
+        session = OnnxRuntimeSession(self.bundle, max_seq_len=self.text.ids.shape[1])
+        for one in self.text.calls():
             session.reset()
-            return session
-
-        return self._each_window(fresh)
+            yield session.step(one.input_ids, logits_index=one.logits_index)[0]
 
 
 def judge_text(name: str, found: Scores, noise: Scores, v: TextValidator, *, dtype: str, how: str) -> Stage:
