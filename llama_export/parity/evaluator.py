@@ -50,7 +50,7 @@ _OTHERS = {
 }
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 _EDITED = "this graph is not as `llama-export export` writes it, or is damaged: export again"
-_KEEP_BYTES = 2 << 30
+_KEEP_BYTES = 512 << 20
 """Converted weights up to this many bytes stay in memory between runs; beyond it they are read again for each use."""
 
 

@@ -48,7 +48,7 @@ TRANSFORMERS_WHY = (
     "transformers computes norms, softmax and RoPE in float32 even when asked for float64: what its own float32 model differs "
     f"from that is the noise floor, and the reference may differ by {NOISE_L2:g} x of it in relative L2, {NOISE_MAX:g} x in the maximum"
 )
-KERNEL_LAYERS = 4
+KERNEL_LAYERS = 3
 """Layers whose ops the kernels compute; those of the others are eager. A larger model gets a sample, spread evenly."""
 KERNEL_TOKENS = 17
 """Longest prompt of the kernel stages, tokens: the interpreter is slow, and 17 is no multiple of any tile."""

@@ -151,7 +151,7 @@ def test_an_unusable_library_fails_the_enqueue_stages_only(bundle: Bundle, monke
 
 
 def test_a_large_model_gets_a_sample_of_its_layers(bundle: Bundle) -> None:
-    assert judge.some_layers(32) == [0, 10, 21, 31]
+    assert judge.some_layers(32) == [0, 16, 31]
     assert judge.some_layers(2) == [0, 1]
     seen: list[int] = []
 
