@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -37,11 +38,12 @@ from llama_export.plugins import kernels_installed
 
 QUICK = ValidateConfig(steps=6, prompt_tokens=14)
 ENGINE = {"engine/structure", "engine/execution"}
+HASHES = {"bundle/weights"}
 KERNELS = {name for name in STAGES if name.startswith(("kernels/", "ops/"))} - {"ops/bodies"}
 GPU = set() if torch.cuda.is_available() else {name for name in KERNELS if "/gpu" in name}
 TEXT = {"text/onnxruntime", "text/evaluator"}
 """Only with ``--text``: tests/test_text_stages.py."""
-NOT_RUNNABLE = ENGINE | GPU | TEXT | (set() if kernels_installed() is None else KERNELS)
+NOT_RUNNABLE = ENGINE | HASHES | GPU | TEXT | (set() if kernels_installed() is None else KERNELS)
 RUNNABLE = set(STAGES) - NOT_RUNNABLE
 WITHOUT_KERNELS = replace(QUICK, stages=("reference", "graph", "ops/bodies", "onnxruntime", "evaluator", "engine"))
 """The interpreter is slow; what the kernel stages find is in tests/plugins/test_stages_plugins.py."""
@@ -79,7 +81,8 @@ def test_a_sound_bundle_passes_and_its_engine_stages_are_not_run(tiny_bundles: d
     for stage in report.stages:
         assert stage.reason
         if stage.verdict == "not-run":
-            assert "llama-export build" in stage.reason or "--text" in stage.reason or stage.name in KERNELS
+            hints = ("llama-export build", "--text", "--hash-weights")
+            assert any(hint in stage.reason for hint in hints) or stage.name in KERNELS
             assert not stage.metrics
             continue
         assert stage.tolerance is not None
@@ -229,7 +232,7 @@ def test_a_fault_fails_exactly_the_stages_it_should(sound: Bundle, tmp_path: Pat
     bundle = load_bundle(copy_with_fault(sound, tmp_path / "faulty", fault), ignore_hashes=True)
     report = validate_bundle(bundle, WITHOUT_KERNELS)
     assert verdicts(report, "fail") == FAULTS[fault][2], explain(report)
-    assert verdicts(report, "not-run") == ENGINE | KERNELS | TEXT, explain(report)
+    assert verdicts(report, "not-run") == ENGINE | HASHES | KERNELS | TEXT, explain(report)
     assert report.verdict == "fail"
     assert report.hashes["graph"] == sha256_of_file(bundle.model_path), "the hash is of what was judged"
 
@@ -251,11 +254,29 @@ def test_a_weight_that_is_not_a_number_fails_every_comparison_of_values(sound: B
         "ops/bodies",
     }
     assert verdicts(report, "pass") == finite, explain(report)
-    assert verdicts(report, "not-run") == ENGINE | SIXTEEN_BIT | KERNELS | TEXT, explain(report)
+    assert verdicts(report, "not-run") == ENGINE | HASHES | SIXTEEN_BIT | KERNELS | TEXT, explain(report)
     assert verdicts(report, "fail") == RUNNABLE - finite - SIXTEEN_BIT - KERNELS
     document = json.loads(json.dumps(report.to_json(), allow_nan=False))
     errors = {stage["name"]: stage["metrics"].get("error") for stage in document["stages"]}
     assert errors["onnxruntime/prefill"] == "inf"
+
+
+def test_a_flipped_bit_in_the_shared_weights_is_found_by_the_hash_and_by_nothing_else(
+    sound: Bundle, tmp_path: Path
+) -> None:
+    """Reference and graph read the same byte, and the modification time says nothing."""
+    folder = tmp_path / "rotten"
+    export_checkpoint(sound.folder, folder, ExportConfig(hash_weights=True))
+    config = replace(QUICK, stages=("bundle", "reference/program", "graph/float64-eager", "onnxruntime/prefill"))
+    assert verdicts(validate_bundle(load_bundle(folder), config), "fail") == set()
+    weights = folder / "model.safetensors"
+    before, raw = weights.stat(), bytearray(weights.read_bytes())
+    raw[-1000] ^= 1
+    weights.write_bytes(raw)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    report = validate_bundle(load_bundle(folder), config)
+    assert verdicts(report, "fail") == {"bundle/weights"}, explain(report)
+    assert "model.safetensors" in next(stage.reason for stage in report.stages if stage.name == "bundle/weights")
 
 
 @pytest.mark.parametrize(("dtype", "verdict"), [("float32", "not-run"), ("float16", "fail")])
@@ -420,8 +441,8 @@ def test_without_transformers_its_stages_are_not_run_and_name_the_extra(
     alone = {name for name in STAGES if name.startswith("graph/")} | {"reference/program"}
     alone |= {"ops/bodies", "onnxruntime/repeat", "onnxruntime/in-place"}
     assert verdicts(report, "pass") == alone, explain(report)
-    theirs = set(STAGES) - alone - ENGINE - KERNELS - TEXT
-    assert verdicts(report, "not-run") == theirs | ENGINE | KERNELS | TEXT
+    theirs = set(STAGES) - alone - ENGINE - HASHES - KERNELS - TEXT
+    assert verdicts(report, "not-run") == theirs | ENGINE | HASHES | KERNELS | TEXT
     assert all("llama-export[parity]" in stage.reason for stage in report.stages if stage.name in theirs)
     assert report.verdict == "pass"
 

@@ -38,6 +38,7 @@ from llama_export.parity.judge import (
     judge,
     judge_noise,
     some_layers,
+    weight_hashes,
 )
 from llama_export.parity.logits_sample import labels_sample
 from llama_export.parity.metrics import difference
@@ -396,6 +397,7 @@ def engine_execution(v: HeadValidator) -> list[Stage]:
 
 HeadStage = Callable[[HeadValidator], Stage | list[Stage]]
 HEAD_STAGES: dict[str, HeadStage] = {
+    "bundle/weights": weight_hashes,
     "reference/transformers": reference_transformers,
     "reference/rope": reference_rope,
     "reference/program": reference_program,

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_export.bundle import Bundle
+from llama_export.bundle import Bundle, sha256_of_file
 from llama_export.checkpoint import Checkpoint, load_checkpoint
 from llama_export.engine import check_engine
 from llama_export.errors import LlamaExportError, MissingDependencyError
@@ -337,6 +337,21 @@ BY = {
 def some_layers(num_layers: int) -> list[int]:
     """The layers whose custom ops the kernels compute: all of a small model, an even sample of a large one."""
     return sorted({round(step * (num_layers - 1) / (KERNEL_LAYERS - 1)) for step in range(KERNEL_LAYERS)})
+
+
+def weight_hashes(v: Validator) -> Stage:
+    """Every byte of the weight files. The reference reads the same files as the graph, so no comparison of numbers would show a
+    flipped bit; and opening a bundle compares content only where the modification time differs."""
+    recorded = {entry["file"]: entry["sha256"] for entry in v.bundle.manifest["weights"] if "sha256" in entry}
+    if not recorded:
+        raise NotRun("the manifest holds no content hashes; make them with `llama-export export --hash-weights`")
+    changed = [name for name, wanted in recorded.items() if sha256_of_file(v.bundle.folder / name) != wanted]
+    return Stage(
+        name="bundle/weights", verdict="fail" if changed else "pass",
+        reason=f"{', '.join(changed)}: the content is not what was exported" if changed else "every byte of every weight file is what was exported",
+        metrics={"error": len(changed), "files": len(recorded)},
+        tolerance=Tolerance(value=0, metric="error", why="a file is either the same or not"),
+    )  # fmt: skip
 
 
 def engine_structure(v: Validator) -> list[Stage]:

@@ -33,6 +33,7 @@ from llama_export.parity.wording import (
     headline,
     in_words,
     margin,
+    not_run_by_reason,
     numbers,
     place_in_words,
     prose,
@@ -168,9 +169,11 @@ def print_summary(report: ParityReport, console: Console) -> None:
             metric = stage.tolerance.metric if stage.tolerance else ""
             cells = stage.name, metric, short(error), short(limit), margin(stage)
             table.add_row(*(text(cell or "-") for cell in cells), text(WORDS[stage.verdict], stage.verdict))
-        if stage.verdict != "pass":
+        if stage.verdict == "fail":
             worst = f"\nworst element: {worst_element(stage)}" if stage.worst else ""
-            details.add_row(text(WORDS[stage.verdict], stage.verdict), text(f"{stage.name}: {stage.reason}{worst}"))
+            details.add_row(text(WORDS["fail"], "fail"), text(f"{stage.name}: {stage.reason}{worst}"))
+    for reason, names in not_run_by_reason(report).items():
+        details.add_row(text(WORDS["not-run"], "not-run"), text(f"{', '.join(names)}: {reason}"))
     for part in (table, details):
         if part.row_count:
             console.print(part)
@@ -252,7 +255,9 @@ def _outcome(diff: ReportDiff) -> str:
 
 def _render(template: str, report: ParityReport, **more: Any) -> str:
     by_verdict = {key: [stage for stage in report.stages if stage.verdict == key] for key in WORDS}
-    facts = {"report": report, "by_verdict": by_verdict, "tally": tally(report), "headline": headline(report)}
+    facts = {
+        "report": report, "by_verdict": by_verdict, "not_run": not_run_by_reason(report), "tally": tally(report), "headline": headline(report),
+    }  # fmt: skip
     return _environment().get_template(template).render(facts | more)
 
 

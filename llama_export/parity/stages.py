@@ -44,6 +44,7 @@ from llama_export.parity.judge import (
     judge,
     judge_noise,
     some_layers,
+    weight_hashes,
 )
 from llama_export.parity.logits_sample import decode_sample
 from llama_export.parity.metrics import difference
@@ -661,6 +662,7 @@ def _onnxruntime(bundle: Bundle) -> Path:
 
 
 STAGES: dict[str, Callable[[CausalValidator], Stage | list[Stage]]] = {
+    "bundle/weights": weight_hashes,
     "reference/transformers": reference_transformers,
     "reference/rope": reference_rope,
     "reference/program": reference_program,

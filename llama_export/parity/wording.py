@@ -68,6 +68,15 @@ def count_by_verdict(report: ParityReport) -> dict[str, int]:
     return {verdict: sum(stage.verdict == verdict for stage in report.stages) for verdict in WORDS}
 
 
+def not_run_by_reason(report: ParityReport) -> dict[str, list[str]]:
+    """Reason -> the stages that did not run for it, in their order: one reason is said once."""
+    found: dict[str, list[str]] = {}
+    for stage in report.stages:
+        if stage.verdict == "not-run":
+            found.setdefault(stage.reason, []).append(stage.name)
+    return found
+
+
 def tally(report: ParityReport) -> str:
     """The counts in words."""
     counts = count_by_verdict(report)
