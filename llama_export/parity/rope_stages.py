@@ -41,6 +41,14 @@ def _positions(length: int) -> Tensor:
     return torch.arange(length - _LAST, length).unsqueeze(0)
 
 
+def angle_rounding(config: LlamaConfig, length: int) -> float:
+    """How far float32 cos and sin are from exact ones, at most, in a row of ``length`` tokens: at position p an angle of up to
+    p radians is off by up to p units of 2^-24."""
+    positions, lengths = torch.arange(length).unsqueeze(0), torch.tensor([length])
+    narrow, exact = (_rotary(config, dtype)(positions, lengths) for dtype in (torch.float32, torch.float64))
+    return max(float((left.double() - right).abs().max()) for left, right in zip(narrow, exact, strict=True))
+
+
 def reference_rope(v: Validator) -> Stage:
     """The reference's cos and sin in float32 against transformers' own, made anew for every length."""
     model = v.transformers_shell()
