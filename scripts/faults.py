@@ -184,7 +184,7 @@ def document(rows: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]], s
             "",
             "### Faults of rounding: each op alone at every dtype",
             "",
-            "A function body, or a kernel, serves all layers: so no layer is named, and none is right.",
+            "A function body, or a kernel, serves all layers: the right layer to name is none.",
             "",
             *fault_table(kinds["rounding"]),
             "",
