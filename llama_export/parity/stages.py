@@ -617,11 +617,7 @@ def _engine_artefact(v: CausalValidator, path: Path, facts: EngineFacts) -> Call
 
     def run(which: CausalValidator, rows: Rows) -> Answers:
         engine = path if which is v else Path(build_engine(which.bundle, config).engine)
-        session = EngineSession(which.bundle, engine)
-        try:
-            return answers(session, rows.calls(), which.cache_names)
-        finally:
-            session.close()
+        return answers(EngineSession(which.bundle, engine), rows.calls(), which.cache_names)
 
     return run
 
