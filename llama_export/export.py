@@ -378,7 +378,7 @@ def _reference_weights(graph: ir.Graph, checkpoint: Checkpoint, dtype: ir.DataTy
             },
             hint=_REPORT,
         )
-    casts = []
+    order = {node: place for place, node in enumerate(graph)}
     for name, entry in checkpoint.tensors.items():
         value = graph.initializers[name]
         stored = getattr(ir.DataType, _ONNX_DTYPE[entry.dtype])
@@ -399,11 +399,10 @@ def _reference_weights(graph: ir.Graph, checkpoint: Checkpoint, dtype: ir.DataTy
             value.type,
             value.shape,
         )
+        # Just before its first reader: whoever runs the nodes in order holds one widened weight, not all of them.
+        graph.insert_before(min(value.consumers(), key=order.__getitem__), cast)
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
         graph.register_initializer(source)
-        casts.append(cast)
-    if casts:
-        graph.insert_before(graph[0], casts)
 
 
 def _external(entry: TensorEntry, dtype: ir.DataType) -> ir.ExternalTensor:

@@ -247,6 +247,10 @@ def test_another_dtype_is_one_cast_after_each_weight(tiny_bundles: dict[str, Bun
                 assert [item.i for item in node.attribute] == [ELEMENT[computed]]
                 readers = [other.name for other in graph.node if weight in other.input]
                 assert readers == [f"{weight}/Cast"]
+                place = list(graph.node).index(node)
+                after = [other for other in graph.node[place + 1 :] if not other.name.endswith("/Cast")]
+                # Just before the first reader: in order, no more than a node's own weights are widened at a time.
+                assert node.output[0] in after[0].input
 
 
 # ---- nodes ------------------------------------------------------------------------------------------------------

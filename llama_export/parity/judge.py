@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_export._process import trim_heap
 from llama_export.bundle import Bundle, sha256_of_file
 from llama_export.checkpoint import Checkpoint, load_checkpoint
 from llama_export.engine import check_engine
@@ -35,7 +36,7 @@ try:
     from llama_export.model import load_reference
     from llama_export.model.heads import LlamaWithHead
     from llama_export.parity.program import ReferenceProgram
-    from llama_export.parity.streamed import streamed_causal_lm
+    from llama_export.parity.streamed import streamed_causal_lm, streamed_reference
 except ModuleNotFoundError as err:
     raise MissingDependencyError(err.name or "torch", "export") from err
 
@@ -53,7 +54,7 @@ TRANSFORMERS_WHY = (
 KERNEL_LAYERS = 3
 """Layers whose ops the kernels compute; those of the others are eager. A larger model gets a sample, spread evenly."""
 _RESIDENT_BYTES = 3 << 30
-"""Weights of transformers' model up to this size are held in memory."""
+"""Weights of a model in PyTorch, the reference or transformers', are held in memory up to this size."""
 KERNEL_TOKENS = 17
 """Longest prompt of the kernel stages, tokens: the interpreter is slow, and 17 is no multiple of any tile."""
 
@@ -124,10 +125,15 @@ class Validator:
         """Gives its memory back; who asks next opens the file again."""
         self.__dict__.pop("onnxruntime_graph", None)
         gc.collect()
+        trim_heap()
 
     def load_reference(self, dtype: torch.dtype) -> LlamaWithHead:
-        """The reference at a dtype."""
-        return load_reference(self.checkpoint, dtype)
+        """The reference at a dtype; a large one reads its weights as it goes."""
+        load = streamed_reference if self._is_large(dtype) else load_reference
+        return load(self.checkpoint, dtype)
+
+    def _is_large(self, dtype: torch.dtype) -> bool:
+        return self.llama.num_parameters * dtype.itemsize > _RESIDENT_BYTES
 
     def transformers_model(self, dtype: torch.dtype) -> Any:
         """Hugging Face's eager model from the bundle's own files; a large causal LM reads its weights as it goes.
@@ -138,7 +144,7 @@ class Validator:
         with _quiet_transformers() as transformers:
             make = getattr(transformers, _HUGGING_FACE[self.bundle.task]).from_pretrained
             try:
-                if self.bundle.task == "causal-lm" and self.llama.num_parameters * dtype.itemsize > _RESIDENT_BYTES:
+                if self.bundle.task == "causal-lm" and self._is_large(dtype):
                     return streamed_causal_lm(transformers, self.checkpoint, dtype)
                 model = make(self.bundle.folder, dtype=dtype, attn_implementation="eager", local_files_only=True)
             except Exception as err:  # it validates configs by rules of its own, and raises what it likes
