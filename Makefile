@@ -2,8 +2,10 @@
 # make test   the tests, CPU only
 # make check  ruff, mypy
 # make plugins  the TensorRT plugin library alone
+# make wheels   the wheels of both distributions, into dist/; WHEELS=--twice proves that their bytes are reproducible
 # make faults proves the validator: every fault in random models, none in healthy ones; writes docs/faults.md
-# make gpu    kernels and plugin library on this machine's GPU; report under reports/gpu
+# make kernels proves the kernels without a GPU; writes docs/kernels.md
+# make gpu    kernels and plugin library on this machine's GPU, right and how fast; report under reports/gpu
 #
 # Needs Python 3.11+ with venv, make and a C++17 compiler. Everything is installed into .venv, in versions pinned by constraints.txt.
 # On Linux, `pip install torch` may take a CUDA build of several gigabytes; to get the CPU build, point pip at
@@ -15,7 +17,7 @@ BIN    := $(VENV)/bin
 BUNDLE := build/tiny-llama
 REPORT := build/report
 
-.PHONY: demo test check plugins faults gpu bench constraints clean
+.PHONY: demo test check plugins wheels kernels faults gpu bench constraints clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -38,6 +40,10 @@ test: $(VENV)/.plugins
 
 plugins: $(VENV)/.plugins
 
+# With an empty Triton cache, minutes; WHEELS=--twice builds everything from nothing two times.
+wheels: $(VENV)/.installed
+	$(BIN)/python scripts/build_wheels.py $(WHEELS)
+
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,6 +53,10 @@ check: $(VENV)/.installed
 faults: $(VENV)/.plugins
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/faults.py --write
 
+# The kernels against float64 on the CPU, every variant; writes docs/kernels.md. A few minutes.
+kernels: $(VENV)/.plugins
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/kernel_proof.py --write
+
 # For a machine with a GPU, bare or not: whatever Python is there, and the plugins it has or that build/plugins holds.
 gpu:
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) scripts/gpu_suite.py
@@ -55,7 +65,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/decode_speed.py
 
 constraints: $(VENV)/.installed
-	$(BIN)/python -m pip freeze --exclude-editable
+	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache

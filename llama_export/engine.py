@@ -386,8 +386,8 @@ def expected_plugin_layers(bundle: Bundle, plugin_ops: Collection[str]) -> dict[
 
 
 def plugin_attributes(config: LlamaConfig) -> dict[str, dict[str, int | float]]:
-    """op -> attribute -> value that every plugin layer of the op must carry."""
-    norm = {"epsilon": float32_value(config.rms_norm_eps)}
+    """op -> field -> value that every plugin layer of the op must carry: its attributes, and what it noted at build."""
+    norm = {"epsilon": float32_value(config.rms_norm_eps), "hidden_size": config.hidden_size}
     attention = {
         "num_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads,

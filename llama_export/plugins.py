@@ -32,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 PACKAGE = "llama_export_plugins"
-ABI = 2
+ABI = 3
 """What ``llama_export_plugins_abi()`` must return: the inputs, attributes and stored fields this package knows.
 Must equal ``kABI`` in ``plugins/src/creators.cpp``."""
 VERSIONS = "0.1."
@@ -49,7 +49,7 @@ _ATTENTION, _MASKED_ATTENTION = "LlamaAttention", "LlamaMaskedAttention"
 _KERNELS = {
     "LlamaRMSNorm": ("rms_norm",),
     "LlamaAddRMSNorm": ("add_rms_norm",),
-    _ATTENTION: ("rotate_and_append", "attention_prefill", "attention_decode"),
+    _ATTENTION: ("rotate_and_append", "attention_prefill", "attention_split", "attention_combine"),
     _MASKED_ATTENTION: ("rotate_and_append", "attention_padded"),
 }
 """Op -> kernels a plugin launches; names of ``plugins/kernels/table.py``."""
@@ -70,7 +70,7 @@ class PluginLibrary:
     bytes: int
     """Size of the file."""
     images: tuple[Mapping[str, Any], ...]
-    """The compiled kernels: ``kernel``, ``dtype``, ``head_dim`` (0: any), ``compute_capability``, ``ptx``, ..."""
+    """The compiled kernels: ``kernel``, ``dtype``, ``width`` (head_dim or hidden_size), ``masked``, ``compute_capability``, ``ptx``, ..."""
 
     @property
     def chips(self) -> tuple[str, ...]:
@@ -135,7 +135,7 @@ def find_library() -> PluginLibrary:
         )
     try:
         images = tuple({**image, "dtype": _dtype(image["dtype"])} for image in package.variants()["images"])
-        if not images or any({"kernel", "head_dim", "compute_capability", "ptx"} - set(image) for image in images):
+        if not images or any({"kernel", "width", "compute_capability", "ptx"} - set(image) for image in images):
             raise ValueError("no kernel is listed, or one lacks a key")
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise ToolchainError(
@@ -266,7 +266,7 @@ def check_served(library: PluginLibrary, config: LlamaConfig, dtype: str, ops: C
             if dtype not in served:
                 raise _not_served(op, f"dtype {dtype}", ", ".join(served) or "no kernel", library)
             if op in (_ATTENTION, _MASKED_ATTENTION):
-                largest = max(int(image["head_dim"]) for image in images if image["dtype"] == dtype)
+                largest = max(int(image["width"]) for image in images if image["dtype"] == dtype)
                 if config.head_dim > largest:
                     raise _not_served(op, f"head_dim {config.head_dim}", f"even sizes up to {largest}", library)
 

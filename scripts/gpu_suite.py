@@ -1,11 +1,12 @@
 """The kernels and the plugin library on a real GPU, against float64 oracles; writes a report. Run by `make gpu`.
 
-    python scripts/gpu_suite.py [--report reports/gpu] [--rehearse]
+    python scripts/gpu_suite.py [--report reports/gpu] [--benchmarks-s 180] [--rehearse]
 
 Over the cases of tests/plugins/kernel_cases.py: the Triton kernels, compiled on the spot; and the plugin library's own
 `enqueue`, with the compiled kernels that it carries and the real driver. Then over tiny-llama, exported here: the stages
 `kernels/gpu-*` and `ops/gpu` of `validate`, the whole graph with its ops by the library on the GPU; and, where TensorRT-RTX
-supports the card and is installed, the engine stages. What cannot run is written down as "not run" with its reason.
+supports the card and is installed, the engine stages. Last, how fast the library is beside device copies and PyTorch's
+attention: gpu_benchmarks.py. What cannot run is written down as "not run" with its reason. Report: `<gpu>-<date>`.
 
 Needs Python 3.11+, torch, triton, numpy (for tiny-llama also the extras `export` and `parity`), and the plugin package:
 installed (`pip install ./plugins`), or brought along in build/plugins (`pip install --no-deps --target build/plugins
@@ -31,7 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # build/plugins: a plugin package brought along, made by `pip install --no-deps --target build/plugins ./plugins`.
-sys.path[:0] = [str(ROOT / folder) for folder in ("build/plugins", ".", "tests", "tests/plugins")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("build/plugins", ".", "scripts", "tests", "tests/plugins")]
 
 import torch  # noqa: E402
 
@@ -158,6 +159,16 @@ def engine_part() -> dict[str, Any]:
     return validated_part("engine", ("engine",), build=True)
 
 
+def benchmark_part(rehearse: bool, budget_s: float) -> dict[str, Any]:
+    """The figures of gpu_benchmarks.py; a failure if a timed result is wrong, not if one is slow."""
+    if budget_s <= 0:
+        return {"name": "speed, by enqueue", "verdict": "not-run", "reason": "not asked for", "rehearsal": rehearse}
+    import gpu_benchmarks
+
+    found: dict[str, Any] = gpu_benchmarks.run(rehearse=rehearse, budget_s=budget_s)
+    return found
+
+
 def environment(rehearse: bool) -> dict[str, Any]:
     """What ran where."""
     import triton
@@ -218,7 +229,18 @@ def markdown(report: Mapping[str, Any]) -> str:
         for entry in report["parts"]
         if entry["verdict"] == "fail" and "reason" in entry
     ]
-    return "\n".join([*lines, *(["", "Failed:", *failures] if failures else []), ""])
+    text = "\n".join([*lines, *(["", "Failed:", *failures] if failures else []), ""])
+    for entry in report["parts"]:
+        if "targets_met" in entry:
+            import gpu_benchmarks
+
+            text += "\n" + gpu_benchmarks.markdown(entry)
+    return text
+
+
+def report_stem(device: str, day: datetime.date) -> str:
+    """Name of a report's files: the GPU's, then the date's."""
+    return f"{device.split('(')[0].strip().replace(' ', '-').lower()}-{day.isoformat()}"
 
 
 def main() -> int:
@@ -228,7 +250,12 @@ def main() -> int:
         "--report", type=Path, help="folder to write to (default: reports/gpu, of a rehearsal build/gpu-rehearsal)"
     )
     parser.add_argument("--rehearse", action="store_true", help="run on the CPU, to try the suite itself")
+    parser.add_argument(
+        "--benchmarks-s", type=float, default=180.0, help="seconds for the benchmarks, at most; 0 leaves them out"
+    )
     args = parser.parse_args()
+    if args.rehearse and args.report and args.report.resolve().is_relative_to(ROOT / "reports" / "gpu"):
+        parser.error("a rehearsal's numbers do not go under reports/gpu\nhint: --report build/gpu-rehearsal")
     if not args.rehearse and not torch.cuda.is_available():
         print("no usable NVIDIA GPU: not run\nhint: --rehearse tries the suite itself on the CPU", file=sys.stderr)
         return 3
@@ -239,6 +266,7 @@ def main() -> int:
         part("library, enqueue, cache copied", device, lambda: enqueue_ops(args.rehearse, False)),
         graph_part(args.rehearse),
         engine_part(),
+        benchmark_part(args.rehearse, args.benchmarks_s),
     ]
     ran = [entry for entry in parts if entry["verdict"] != "not-run"]
     verdict = "fail" if not ran or any(entry["verdict"] == "fail" for entry in ran) else "pass"
@@ -246,11 +274,7 @@ def main() -> int:
               "environment": environment(args.rehearse), "parts": parts}  # fmt: skip
     folder = args.report or ROOT / ("build/gpu-rehearsal" if args.rehearse else "reports/gpu")
     folder.mkdir(parents=True, exist_ok=True)
-    stem = (
-        datetime.date.today().isoformat()
-        + "-"
-        + report["environment"]["device"].split("(")[0].strip().replace(" ", "-").lower()
-    )
+    stem = report_stem(report["environment"]["device"], datetime.date.today())
     (folder / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (folder / f"{stem}.md").write_text(markdown(report), encoding="utf-8")
     print(markdown(report))

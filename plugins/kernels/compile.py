@@ -34,6 +34,8 @@ from .table import (
     KERNELS,
     PORTABLE_CHIP,
     SHARED_MEMORY_LIMITS,
+    SPLIT_KEYS,
+    SPLIT_ROWS,
     TENSORRT_DTYPES,
     TRITON_DTYPES,
     Kernel,
@@ -267,9 +269,9 @@ def table_header(images: list[Image]) -> str:
         "{",
         "    char const* kernel;",
         "    int32_t dtype; //!< nvinfer1::DataType",
-        "    int32_t head_dim; //!< HEAD_DIM it was compiled for; 0 for the norms",
-        "    bool masked; //!< serves every even head_dim up to HEAD_DIM",
-        "    int32_t block_m; //!< query rows of one program; 0 where the grid does not depend on it",
+        "    int32_t width; //!< attention: head_dim; norms: hidden_size",
+        "    bool masked; //!< serves every width up to this one, not this one alone",
+        "    int32_t rows; //!< of queries or hidden states, of one program; 0 where the grid does not depend on it",
         "    int32_t compute_capability; //!< times ten",
         "    bool ptx; //!< to be compiled by the driver, for this compute capability or a later one",
         "    char const* entry;",
@@ -284,7 +286,7 @@ def table_header(images: list[Image]) -> str:
     for index, image in enumerate(images):
         variant = image.variant
         fields = [
-            f'"{variant.kernel}"', TENSORRT_DTYPES[variant.dtype], variant.head_dim, boolean(variant.masked), variant.block_m,
+            f'"{variant.kernel}"', TENSORRT_DTYPES[variant.dtype], variant.width, boolean(variant.masked), variant.rows,
             image.compute_capability, boolean(image.ptx), f'"{image.entry}"', f"llama_export_image_{index}", image.bytes,
             image.shared, image.num_warps,
         ]  # fmt: skip
@@ -294,6 +296,19 @@ def table_header(images: list[Image]) -> str:
             *parts,
             "};",
             f"inline constexpr size_t kImageCount = {len(images)};",
+            "",
+            "//! Query rows up to which the cache is split between programs.",
+            f"inline constexpr int64_t kSPLIT_ROWS = {SPLIT_ROWS};",
+            "",
+            "struct SplitKeys",
+            "{",
+            "    int64_t largestCapacity;",
+            "    int64_t keys; //!< of one piece of the cache",
+            "};",
+            "",
+            "inline constexpr SplitKeys kSPLIT_KEYS[] = {",
+            *(f"    {{{capacity}, {keys}}}," for capacity, keys in SPLIT_KEYS),
+            "};",
             "} // namespace llama_export::kernels",
             "",
         ]
@@ -324,7 +339,7 @@ def variants_json(images: list[Image], chips: list[int], triton_version: str) ->
         "signatures": {kernel.name: [list(item) for item in kernel.arguments] for kernel in KERNELS.values()},
         "images": [
             {
-                "kernel": image.variant.kernel, "dtype": image.variant.dtype, "head_dim": image.variant.head_dim,
+                "kernel": image.variant.kernel, "dtype": image.variant.dtype, "width": image.variant.width,
                 "masked": image.variant.masked, "constexprs": image.variant.constexprs,
                 "compute_capability": image.compute_capability, "ptx": image.ptx, "entry": image.entry,
                 "bytes": image.bytes, "shared": image.shared, "warps": image.num_warps, "registers": image.registers,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import attention, rms_norm
-from .table import KERNELS, Variant, select
+from .table import KERNELS, Variant, is_split, select, split_keys
 
 Run = Callable[[Variant, tuple[int, int, int], Sequence[Any]], None]
 """Launches one variant: grid in x, y, z; arguments in the order of the table, a tensor where a pointer is meant."""
@@ -47,9 +47,10 @@ def ops(run: Run) -> dict[str, Callable[..., Any]]:
         hidden_states = hidden_states.contiguous()
         normed = torch.empty_like(hidden_states)
         size = hidden_states.shape[-1]
-        variant = select("rms_norm", _DTYPES[hidden_states.dtype], 0)
-        arguments = (hidden_states, weight.contiguous(), normed, size, float(epsilon))
-        run(variant, (hidden_states.numel() // size, 1, 1), arguments)
+        rows = hidden_states.numel() // size
+        variant = select("rms_norm", _DTYPES[hidden_states.dtype], size)
+        arguments = (hidden_states, weight.contiguous(), normed, rows, size, float(epsilon))
+        run(variant, (-(-rows // variant.rows), 1, 1), arguments)
         return normed
 
     def add_rms_norm_op(
@@ -59,9 +60,10 @@ def ops(run: Run) -> dict[str, Callable[..., Any]]:
         hidden_states, residual = hidden_states.contiguous(), residual.contiguous()
         normed, new_residual = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
         size = hidden_states.shape[-1]
-        variant = select("add_rms_norm", _DTYPES[hidden_states.dtype], 0)
-        arguments = (hidden_states, residual, weight.contiguous(), normed, new_residual, size, float(epsilon))
-        run(variant, (hidden_states.numel() // size, 1, 1), arguments)
+        rows = hidden_states.numel() // size
+        variant = select("add_rms_norm", _DTYPES[hidden_states.dtype], size)
+        arguments = (hidden_states, residual, weight.contiguous(), normed, new_residual, rows, size, float(epsilon))
+        run(variant, (-(-rows // variant.rows), 1, 1), arguments)
         return normed, new_residual
 
     def attention_op(
@@ -86,13 +88,28 @@ def ops(run: Run) -> dict[str, Callable[..., Any]]:
                 rotated_query, present_key, present_value, *sizes, *strides,
             ),
         )  # fmt: skip
-        variant = select("attention_decode" if S == 1 else "attention_prefill", dtype, head_dim)
-        tiles = -(-S * (num_heads // num_kv_heads) // variant.block_m)
+        group = num_heads // num_kv_heads
+        attended = (rotated_query, present_key, present_value, past_length, attn_output)
+        if not is_split(S, group):
+            variant = select("attention_prefill", dtype, head_dim)
+            run(variant, (-(-S * group // variant.rows), num_kv_heads, B), (*attended, float(scale), *sizes))
+            return attn_output, present_key, present_value
+        keys = split_keys(C)
+        pieces = max(1, -(-C // keys))
+        partial_output = query.new_empty(B, S, num_heads, pieces, head_dim, dtype=torch.float32)
+        partial_softmax = query.new_empty(B, S, num_heads, pieces, 2, dtype=torch.float32)
+        variant = select("attention_split", dtype, head_dim)
         run(
             variant,
-            (tiles, num_kv_heads, B),
-            (rotated_query, present_key, present_value, past_length, attn_output, float(scale), *sizes),
+            (-(-S * group // variant.rows) * pieces, num_kv_heads, B),
+            (*attended, partial_output, partial_softmax, float(scale), *sizes, pieces, keys),
         )
+        if pieces > 1:
+            run(
+                select("attention_combine", dtype, head_dim),
+                (B * S * num_heads, 1, 1),
+                (partial_output, partial_softmax, past_length, attn_output, S, num_heads, C, head_dim, pieces, keys),
+            )
         return attn_output, present_key, present_value
 
     def masked_attention_op(
@@ -119,7 +136,7 @@ def ops(run: Run) -> dict[str, Callable[..., Any]]:
         variant = select("attention_padded", dtype, head_dim)
         run(
             variant,
-            (-(-S * (num_heads // num_kv_heads) // variant.block_m), num_kv_heads, B),
+            (-(-S * (num_heads // num_kv_heads) // variant.rows), num_kv_heads, B),
             (
                 rotated_query, rotated_key, moved_value, attention_mask.contiguous(), attn_output, float(scale),
                 S, num_heads, num_kv_heads, head_dim,

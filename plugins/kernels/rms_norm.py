@@ -1,6 +1,9 @@
-"""RMSNorm, alone and after the residual sum. One program normalises one row of E = ``hidden_size`` elements.
+"""RMSNorm, alone and after the residual sum. One program normalises ROWS rows of E = ``hidden_size`` elements.
 
     normed = round(x / sqrt(mean(x^2) + epsilon)) * weight
+
+Rows that fit a program's registers (``HIDDEN_SIZE`` elements, padded to a power of two) are read once; the variant for
+longer ones (``HIDDEN_SIZE`` = 0) reads them twice, ``BLOCK`` elements at a time.
 
 Numerics: squares, mean, root and quotient in float32; rounded to the model dtype before the weight, and again after it
 (the order of Hugging Face and of ONNX RMSNormalization). The residual sum is rounded before it is normalised.
@@ -15,76 +18,96 @@ from .numerics import round_to
 
 
 @triton.jit
-def rms_norm(hidden_states, weight, normed, hidden_size, epsilon, BLOCK: tl.constexpr):
-    """hidden_states, normed [rows, E]; weight [E]. Grid (rows, 1, 1)."""
+def rms_norm(
+    hidden_states, weight, normed, num_rows, hidden_size, epsilon,
+    HIDDEN_SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """hidden_states, normed [num_rows, E]; weight [E]. Grid (ceil(num_rows / ROWS), 1, 1)."""
     if hidden_size % 16 == 0:  # told as a product, the compiler knows it, and loads vectors
-        normalise_row(hidden_states, weight, normed, hidden_size // 16 * 16, epsilon, BLOCK)
+        size = hidden_size // 16 * 16
+        normalise(hidden_states, None, weight, normed, None, num_rows, size, epsilon, HIDDEN_SIZE, ROWS, BLOCK)
     else:
-        normalise_row(hidden_states, weight, normed, hidden_size, epsilon, BLOCK)
+        normalise(hidden_states, None, weight, normed, None, num_rows, hidden_size, epsilon, HIDDEN_SIZE, ROWS, BLOCK)
 
 
 @triton.jit
-def add_rms_norm(hidden_states, residual, weight, normed, new_residual, hidden_size, epsilon, BLOCK: tl.constexpr):
-    """hidden_states, residual, normed, new_residual [rows, E]; weight [E]. Grid (rows, 1, 1)."""
+def add_rms_norm(
+    hidden_states, residual, weight, normed, new_residual, num_rows, hidden_size, epsilon,
+    HIDDEN_SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """hidden_states, residual, normed, new_residual [num_rows, E]; weight [E]. Grid (ceil(num_rows / ROWS), 1, 1).
+
+    new_residual may be the same memory as residual.
+    """
     if hidden_size % 16 == 0:
-        add_and_normalise_row(
-            hidden_states, residual, weight, normed, new_residual, hidden_size // 16 * 16, epsilon, BLOCK
+        size = hidden_size // 16 * 16
+        normalise(
+            hidden_states, residual, weight, normed, new_residual, num_rows, size, epsilon, HIDDEN_SIZE, ROWS, BLOCK
         )
     else:
-        add_and_normalise_row(hidden_states, residual, weight, normed, new_residual, hidden_size, epsilon, BLOCK)
+        normalise(
+            hidden_states, residual, weight, normed, new_residual, num_rows, hidden_size, epsilon,
+            HIDDEN_SIZE, ROWS, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
-def normalise_row(hidden_states, weight, normed, hidden_size, epsilon, BLOCK: tl.constexpr):
-    """One row of :func:`rms_norm`."""
-    row = tl.program_id(0).to(tl.int64) * hidden_size
+def normalise(
+    hidden_states, residual, weight, normed, new_residual, num_rows, hidden_size, epsilon,
+    HIDDEN_SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The rows of one program; ``residual`` and ``new_residual`` are None where nothing is added."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    if HIDDEN_SIZE == 0:
+        normalise_long_row(hidden_states, residual, weight, normed, new_residual, first, hidden_size, epsilon, BLOCK)
+    else:
+        e = tl.arange(0, HIDDEN_SIZE)
+        row = first + tl.arange(0, ROWS)
+        live = (row < num_rows)[:, None] & (e < hidden_size)[None, :]
+        at = row[:, None] * hidden_size + e[None, :]
+        w = tl.load(weight + e, mask=e < hidden_size, other=0.0).to(tl.float32)
+        x = summand(hidden_states, residual, at, live)
+        inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / hidden_size + epsilon)
+        if new_residual is not None:
+            tl.store(new_residual + at, x.to(new_residual.dtype.element_ty), mask=live)  # rounded already
+        store_weighted(x * inverse_rms[:, None], w[None, :], normed, at, live)
+
+
+@triton.jit
+def normalise_long_row(
+    hidden_states, residual, weight, normed, new_residual, row, hidden_size, epsilon, BLOCK: tl.constexpr
+):
+    """One row, twice through it: for the sum of squares, and for the results."""
     lane = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, hidden_size, BLOCK):
         e = start + lane
-        x = tl.load(hidden_states + row + e, mask=e < hidden_size, other=0.0).to(tl.float32)
+        x = summand(hidden_states, residual, row * hidden_size + e, e < hidden_size)
         squares += x * x
     inverse_rms = tl.rsqrt(tl.sum(squares, 0) / hidden_size + epsilon)
     for start in range(0, hidden_size, BLOCK):
         e = start + lane
-        x = tl.load(hidden_states + row + e, mask=e < hidden_size, other=0.0).to(tl.float32)
-        scale_by_weight(x * inverse_rms, weight, normed + row, e, hidden_size)
-
-
-@triton.jit
-def add_and_normalise_row(
-    hidden_states, residual, weight, normed, new_residual, hidden_size, epsilon, BLOCK: tl.constexpr
-):
-    """One row of :func:`add_rms_norm`."""
-    row = tl.program_id(0).to(tl.int64) * hidden_size
-    lane = tl.arange(0, BLOCK)
-    dtype = new_residual.dtype.element_ty
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, hidden_size, BLOCK):
-        e = start + lane
-        x = rounded_sum(hidden_states + row, residual + row, e, hidden_size, dtype)
-        squares += x.to(tl.float32) * x.to(tl.float32)
-    inverse_rms = tl.rsqrt(tl.sum(squares, 0) / hidden_size + epsilon)
-    for start in range(0, hidden_size, BLOCK):
-        e = start + lane
-        x = rounded_sum(hidden_states + row, residual + row, e, hidden_size, dtype)
+        live, at = e < hidden_size, row * hidden_size + e
+        x = summand(hidden_states, residual, at, live)
         # Stored in this loop and not in the first, so that new_residual may be the same memory as residual.
-        tl.store(new_residual + row + e, x, mask=e < hidden_size)
-        scale_by_weight(x.to(tl.float32) * inverse_rms, weight, normed + row, e, hidden_size)
+        if new_residual is not None:
+            tl.store(new_residual + at, x.to(new_residual.dtype.element_ty), mask=live)
+        store_weighted(x * inverse_rms, tl.load(weight + e, mask=live, other=0.0).to(tl.float32), normed, at, live)
 
 
 @triton.jit
-def rounded_sum(hidden_states, residual, e, hidden_size, dtype: tl.constexpr):
-    """hidden_states + residual at the elements e of one row, added in float32 and rounded to the model dtype."""
-    x = tl.load(hidden_states + e, mask=e < hidden_size, other=0.0).to(tl.float32)
-    y = tl.load(residual + e, mask=e < hidden_size, other=0.0).to(tl.float32)
-    return round_to(x + y, dtype)
+def summand(hidden_states, residual, at, live):
+    """What is normalised, as float32: hidden_states, or its sum with the residual, rounded to the model dtype."""
+    x = tl.load(hidden_states + at, mask=live, other=0.0).to(tl.float32)
+    if residual is not None:
+        x += tl.load(residual + at, mask=live, other=0.0).to(tl.float32)
+        x = round_to(x, residual.dtype.element_ty).to(tl.float32)
+    return x
 
 
 @triton.jit
-def scale_by_weight(x, weight, normed, e, hidden_size):
-    """Rounds the normalised x [BLOCK], multiplies by the weight, rounds again and stores."""
+def store_weighted(x, weight, normed, at, live):
+    """Rounds the normalised x, multiplies by the weight, rounds again and stores."""
     dtype = normed.dtype.element_ty
-    w = tl.load(weight + e, mask=e < hidden_size, other=0.0).to(tl.float32)
-    y = round_to(x, dtype).to(tl.float32) * w
-    tl.store(normed + e, round_to(y, dtype), mask=e < hidden_size)
+    y = round_to(x, dtype).to(tl.float32) * weight
+    tl.store(normed + at, round_to(y, dtype), mask=live)

@@ -7,10 +7,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ABI", "__version__", "library_path", "variants"]
+__all__ = ["ABI", "__version__", "library_path", "preload_path", "variants"]
 
 __version__ = metadata.version("llama-export-plugins")
-ABI = 2
+ABI = 3
 """An engine runs on the libraries of the number it was built with; `llama_export_plugins_abi()` of the library says it too."""
 
 _FOLDER = Path(__file__).resolve().parent
@@ -24,6 +24,16 @@ def library_path() -> Path:
         FileNotFoundError: the package is there and its library is not.
     """
     return _existing("libllama_export_plugins.so")
+
+
+def preload_path() -> Path:
+    """A small library for programs that only ``dlopen`` a plugin library (Polygraphy, Triton Inference Server): it has the
+    TensorRT of the process load :func:`library_path`.
+
+    Raises:
+        FileNotFoundError: the package is there and this library is not.
+    """
+    return _existing("libllama_export_plugins_preload.so")
 
 
 def variants() -> dict[str, Any]:

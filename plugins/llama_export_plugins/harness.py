@@ -30,7 +30,8 @@ from torch import Tensor
 from llama_export_plugins import library_path
 
 __all__ = [
-    "CudaStandIn", "DriverCall", "Field", "Plugin", "PluginError", "PluginLibrary", "enqueue_ops", "run_plugin",
+    "CudaStandIn", "DriverCall", "Field", "GuardedBuffer", "Plugin", "PluginError", "PluginLibrary", "PreparedPlugin",
+    "enqueue_ops", "run_plugin",
 ]  # fmt: skip
 
 _TESTING = Path(__file__).resolve().parent / "testing"
@@ -738,6 +739,100 @@ def _load_driver(path: str) -> Any:
 # One node, as an engine would run it
 
 
+class PreparedPlugin:
+    """One node, ready to run: its plugin built from attributes, stored and restored as an engine does, attached, told its
+    shapes, and given memory. ``enqueue`` then allocates nothing, so that it can be timed and captured into a CUDA graph.
+
+    Args:
+        library: on the real driver if ``device`` is a GPU, else on the stand-in.
+        op: plugin name.
+        inputs: in the order of the op table, in memory of ``device``; an aliased one is written.
+        attributes: values in the order of the plugin's fields; int or float as in the ONNX node.
+        aliased: whether outputs that may share an input's memory do; else they have their own.
+        device: where the tensors that the plugin sees are.
+
+    Raises:
+        PluginError: the plugin refused.
+    """
+
+    def __init__(
+        self,
+        library: PluginLibrary,
+        op: str,
+        inputs: Sequence[GuardedBuffer],
+        attributes: Sequence[int | float],
+        *,
+        aliased: bool = True,
+        device: str = "cpu",
+    ) -> None:
+        if device != "cpu":
+            # A context must be current before TensorRT's calls; PyTorch makes its own on first use.
+            torch.cuda.synchronize(device)
+        self._library = library
+        names = [name for name, _ in library.creators[op].fields]
+        fields = [Field.from_attribute(name, value) for name, value in zip(names, attributes, strict=True)]
+        given = [(buffer.shape, buffer.dtype) for buffer in inputs]
+
+        # Build: what the parser and the builder ask.
+        built = library.create(op, fields, "build")
+        output_types = built.output_types([dtype for _, dtype in given])
+        self._tensors = [*given, *zip(built.output_shapes(given), output_types, strict=True)]
+        aliases = [built.aliased_input(index) for index in range(built.num_outputs())]
+        for position in range(len(self._tensors)):
+            if not built.supports(position, self._tensors, len(given)):
+                shape, dtype = self._tensors[position]
+                raise PluginError(f"{op} does not take {dtype} {list(shape)} as tensor {position}")
+        configured = built.clone()
+        built.destroy()
+        workspace_bytes = configured.configure(self._tensors, len(given))
+        stored = configured.serialize()
+
+        # Run time: the engine recreates the plugin from what it stored, and a context runs a copy of it.
+        self._restored = library.create(op, stored, "runtime")
+        configured.destroy()
+        self._attached = self._restored.attach()
+        self._attached.shape_change(self._tensors, len(given))
+
+        self.inputs: tuple[GuardedBuffer, ...] = tuple(inputs)
+        self.outputs: tuple[GuardedBuffer, ...] = tuple(
+            inputs[alias] if aliased and alias >= 0 else GuardedBuffer(f"output {index}", shape, dtype, device)
+            for index, (alias, (shape, dtype)) in enumerate(zip(aliases, self._tensors[len(given) :], strict=True))
+        )
+        self.workspace = GuardedBuffer("workspace", [workspace_bytes], torch.uint8, device)
+        self._input_addresses = [buffer.address for buffer in self.inputs]
+        self._output_addresses = [buffer.address for buffer in self.outputs]
+
+    @property
+    def buffers(self) -> tuple[GuardedBuffer, ...]:
+        """All the memory that it may touch."""
+        return (*self.inputs, *self.outputs, self.workspace)
+
+    def enqueue(self, stream: int = 0) -> None:
+        """Puts the node on a CUDA stream, given by its handle (``torch.cuda.Stream.cuda_stream``); does not wait.
+
+        Raises:
+            PluginError: the plugin refused, or broke a rule of TensorRT or CUDA.
+        """
+        if self._library.stand_in is not None:
+            self._library.stand_in.buffers = list(self.buffers)
+        self._attached.enqueue(
+            self._tensors, self._input_addresses, self._output_addresses, self.workspace.address, stream
+        )
+
+    def check_red_zones(self) -> None:
+        """
+        Raises:
+            PluginError: a byte beside a tensor was written.
+        """
+        for buffer in self.buffers:
+            buffer.check_red_zones()
+
+    def destroy(self) -> None:
+        """Deletes the plugin; what was enqueued must have finished."""
+        self._attached.destroy()
+        self._restored.destroy()
+
+
 def run_plugin(
     library: PluginLibrary,
     op: str,
@@ -747,7 +842,7 @@ def run_plugin(
     aliased: bool = True,
     device: str = "cpu",
 ) -> tuple[Tensor, ...]:
-    """Builds a plugin from attributes, stores and restores it as an engine does, and enqueues it once.
+    """Runs one node once, as an engine would.
 
     Args:
         library: on the real driver if ``device`` is a GPU, else on the stand-in.
@@ -763,59 +858,17 @@ def run_plugin(
     Raises:
         PluginError: the plugin refused, or broke a rule of TensorRT or CUDA.
     """
-    if device != "cpu":
-        torch.cuda.synchronize(
-            device
-        )  # a context must be current before TensorRT's calls; PyTorch makes its own on first use
-    names = [name for name, _ in library.creators[op].fields]
-    fields = [Field.from_attribute(name, value) for name, value in zip(names, attributes, strict=True)]
-    given = [(tuple(tensor.shape), tensor.dtype) for tensor in inputs]
-
-    # Build: what the parser and the builder ask.
-    built = library.create(op, fields, "build")
-    output_types = built.output_types([dtype for _, dtype in given])
-    tensors = [*given, *zip(built.output_shapes(given), output_types, strict=True)]
-    aliases = [built.aliased_input(index) for index in range(built.num_outputs())]
-    for position in range(len(tensors)):
-        if not built.supports(position, tensors, len(given)):
-            shape, dtype = tensors[position]
-            raise PluginError(f"{op} does not take {dtype} {list(shape)} as tensor {position}")
-    configured = built.clone()
-    built.destroy()
-    workspace_bytes = configured.configure(tensors, len(given))
-    stored = configured.serialize()
-
-    # Run time: the engine recreates the plugin from what it stored, and a context runs a copy of it.
-    restored = library.create(op, stored, "runtime")
-    configured.destroy()
-    attached = restored.attach()
-    attached.shape_change(tensors, len(given))
-
-    memory_in = [GuardedBuffer.holding(f"input {index}", tensor, device) for index, tensor in enumerate(inputs)]
-    memory_out = [
-        memory_in[alias] if aliased and alias >= 0 else GuardedBuffer(f"output {index}", shape, dtype, device)
-        for index, (alias, (shape, dtype)) in enumerate(zip(aliases, tensors[len(given) :], strict=True))
-    ]
-    workspace = GuardedBuffer("workspace", [workspace_bytes], torch.uint8, device)
-    if library.stand_in is not None:
-        library.stand_in.buffers = [*memory_in, *memory_out, workspace]
-    attached.enqueue(
-        tensors,
-        [buffer.address for buffer in memory_in],
-        [buffer.address for buffer in memory_out],
-        workspace.address,
-        torch.cuda.current_stream().cuda_stream if device != "cpu" else 0,
-    )
+    memory = [GuardedBuffer.holding(f"input {index}", tensor, device) for index, tensor in enumerate(inputs)]
+    prepared = PreparedPlugin(library, op, memory, attributes, aliased=aliased, device=device)
+    prepared.enqueue(torch.cuda.current_stream().cuda_stream if device != "cpu" else 0)
     if device != "cpu":
         torch.cuda.synchronize()
-    attached.destroy()
-    restored.destroy()
-    for buffer in (*memory_in, *memory_out, workspace):
-        buffer.check_red_zones()
+    prepared.destroy()
+    prepared.check_red_zones()
     for index, tensor in enumerate(inputs):
-        if memory_in[index] not in memory_out and not _same_bytes(memory_in[index].tensor, tensor):
+        if memory[index] not in prepared.outputs and not _same_bytes(memory[index].tensor, tensor):
             raise PluginError(f"{op} wrote to its input {index}")
-    return tuple(buffer.tensor.to(inputs[0].device) for buffer in memory_out)
+    return tuple(buffer.tensor.to(inputs[0].device) for buffer in prepared.outputs)
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:

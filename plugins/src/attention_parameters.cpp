@@ -12,6 +12,8 @@ using namespace nvinfer1;
 namespace
 {
 constexpr int64_t kMAX_GRID_YZ = 65535; //!< CUDA's limit of the second and third grid dimension
+//! Of one tensor. No device holds so many, and byte counts of a few such tensors stay within 63 bits.
+constexpr int64_t kMAX_ELEMENTS = int64_t{1} << 50;
 } // namespace
 
 void readAttentionParameters(FieldReader& reader, AttentionParameters& parameters) noexcept
@@ -59,7 +61,7 @@ bool checkExpectedShapes(char const* plugin, Dims const* inputs, ExpectedShape c
 
 bool checkHeadDim(char const* plugin, char const* kernel, AttentionParameters const& parameters) noexcept
 {
-    if (parameters.head_dim % 2 == 0 && isHeadDimServed(kernel, parameters.head_dim))
+    if (parameters.head_dim % 2 == 0 && isWidthServed(kernel, parameters.head_dim))
     {
         return true;
     }
@@ -75,11 +77,30 @@ bool checkAttentionLimits(
     constexpr int64_t kMAX_INT32 = std::numeric_limits<int32_t>::max();
     int64_t const queryWidth = static_cast<int64_t>(parameters.num_heads) * parameters.head_dim;
     int64_t const groupSize = parameters.num_heads / parameters.num_kv_heads;
+    int64_t const cacheOfHead = capacity > 0 && capacity <= kMAX_INT32 ? capacity * parameters.head_dim : capacity;
     return checkLimit(plugin, "the batch", batch, kMAX_GRID_YZ)
         && checkLimit(plugin, "num_kv_heads", parameters.num_kv_heads, kMAX_GRID_YZ)
         && checkLimit(plugin, "num_heads * head_dim", queryWidth, kMAX_INT32)
         && checkLimit(plugin, "the KV-cache capacity", capacity, kMAX_INT32)
-        && checkLimit(plugin, "batch * new tokens", batch * tokens, kMAX_INT32)
-        && checkLimit(plugin, "new tokens * heads in a group", tokens * groupSize, kMAX_INT32);
+        && checkLimit(plugin, "the KV-cache capacity * head_dim", cacheOfHead, kMAX_INT32)
+        && checkLimit(plugin, "batch * new tokens", productOf({batch, tokens}), kMAX_INT32)
+        && checkLimit(plugin, "new tokens * heads in a group", productOf({tokens, groupSize}), kMAX_INT32)
+        && checkLimit(plugin, "the number of elements of the query", productOf({batch, tokens, queryWidth}), kMAX_ELEMENTS)
+        && checkLimit(plugin, "the number of elements of the KV cache",
+            productOf({batch, parameters.num_kv_heads, capacity, parameters.head_dim}), kMAX_ELEMENTS);
+}
+
+bool checkLargestQuery(
+    char const* plugin, AttentionParameters const& parameters, Dims const& query, int64_t capacity) noexcept
+{
+    int64_t const width = static_cast<int64_t>(parameters.num_heads) * parameters.head_dim;
+    if (capacity < 0)
+    {
+        reportError(plugin, "the largest KV-cache capacity is not known: got %lld", static_cast<long long>(capacity));
+        return false;
+    }
+    return checkRank(plugin, "query", query, 3) && checkKnown(plugin, &query, 1)
+        && checkDimension(plugin, "query", query, 2, width, "num_heads * head_dim")
+        && checkAttentionLimits(plugin, parameters, query.d[0], query.d[1], capacity);
 }
 } // namespace llama_export

@@ -39,4 +39,8 @@ bool checkHeadDim(char const* plugin, char const* kernel, AttentionParameters co
 //! Sizes that the kernels hold in 32 bits, or that are dimensions of a grid.
 bool checkAttentionLimits(
     char const* plugin, AttentionParameters const& parameters, int64_t batch, int64_t tokens, int64_t capacity) noexcept;
+
+//! The largest query and cache of an optimization profile, which the workspace has to serve: known, and within the limits.
+bool checkLargestQuery(
+    char const* plugin, AttentionParameters const& parameters, nvinfer1::Dims const& query, int64_t capacity) noexcept;
 } // namespace llama_export

@@ -1,17 +1,70 @@
 #include "attention_plugin.h"
 
-#include "launch.h"
 #include "shapes.h"
+
+#include <algorithm>
+#include <limits>
 
 namespace llama_export
 {
 using namespace nvinfer1;
+
+namespace
+{
+//! Keys of one piece of a cache: a function of its capacity alone, so that a row's result depends on no other row.
+int64_t splitKeys(int64_t capacity) noexcept
+{
+    int64_t keys = 0;
+    for (kernels::SplitKeys const& item : kernels::kSPLIT_KEYS) // ascending, and the last one is for all that are larger
+    {
+        keys = item.keys;
+        if (capacity <= item.largestCapacity)
+        {
+            break;
+        }
+    }
+    return keys;
+}
+
+int64_t numSplits(int64_t capacity) noexcept
+{
+    return std::max<int64_t>(1, ceilDiv(capacity, splitKeys(capacity)));
+}
+} // namespace
 
 struct AttentionPlugin::Sizes
 {
     int64_t batch;
     int64_t newTokens;
     int64_t capacity;
+};
+
+//! Rotated query T [B, S, H*D], then of the pieces of a split cache: partial_output float32 [B, S, H, pieces, D] and
+//! partial_softmax float32 [B, S, H, pieces, 2]; each part aligned.
+struct AttentionPlugin::Workspace
+{
+    //! `splitTokens`: as many of the new tokens as a split serves; 0 where there is none.
+    Workspace(AttentionParameters const& parameters, Sizes const& sizes, int64_t splitTokens, int64_t elementBytes) noexcept
+    {
+        constexpr int64_t kFLOAT_BYTES = sizeof(float);
+        int64_t const queryWidth = static_cast<int64_t>(parameters.num_heads) * parameters.head_dim;
+        int64_t const pieces = sizes.batch * splitTokens * parameters.num_heads * numSplits(sizes.capacity);
+        partialOutput = padded(sizes.batch * sizes.newTokens * queryWidth * elementBytes);
+        partialSoftmax = partialOutput + padded(pieces * parameters.head_dim * kFLOAT_BYTES);
+        bytes = partialSoftmax + padded(pieces * 2 * kFLOAT_BYTES);
+    }
+
+    //! Address of the part that begins `offset` bytes into the workspace.
+    CUdeviceptr at(int64_t offset) const noexcept
+    {
+        return deviceAddress(start) + static_cast<CUdeviceptr>(offset);
+    }
+
+    void* start{};
+    int64_t rotatedQuery{0}; //!< offsets, in bytes
+    int64_t partialOutput;
+    int64_t partialSoftmax;
+    int64_t bytes; //!< of the whole
 };
 
 void AttentionPlugin::read(FieldReader& reader, AttentionParameters& parameters) noexcept
@@ -30,7 +83,26 @@ bool AttentionPlugin::loadKernels() noexcept
     int32_t const headDim = mParameters.head_dim;
     return loadKernel(kNAME, {"rotate_and_append", dtype, headDim}, mRotateAndAppend)
         && loadKernel(kNAME, {"attention_prefill", dtype, headDim}, mPrefill)
-        && loadKernel(kNAME, {"attention_decode", dtype, headDim}, mDecode);
+        && loadKernel(kNAME, {"attention_split", dtype, headDim}, mSplit)
+        && loadKernel(kNAME, {"attention_combine", dtype, headDim}, mCombine);
+}
+
+//! Whether the cache is split between programs: few queries would not occupy the GPU.
+bool AttentionPlugin::isSplit(int64_t newTokens) const noexcept
+{
+    return newTokens == 1
+        || productOf({newTokens, mParameters.num_heads / mParameters.num_kv_heads}) <= kernels::kSPLIT_ROWS;
+}
+
+//! Of the grids of the two kernels, where the cache is split.
+bool AttentionPlugin::checkSplitLimits(int64_t batch, int64_t newTokens, int64_t capacity) const noexcept
+{
+    constexpr int64_t kMAX_GRID_X = std::numeric_limits<int32_t>::max();
+    int64_t const groupSize = mParameters.num_heads / mParameters.num_kv_heads;
+    return checkLimit(kNAME, "batch * new tokens * num_heads", productOf({batch, newTokens, mParameters.num_heads}),
+               kMAX_GRID_X)
+        && checkLimit(kNAME, "new tokens * heads in a group * pieces of the KV cache",
+            productOf({newTokens, groupSize, capacity < 0 ? capacity : numSplits(capacity)}), kMAX_GRID_X);
 }
 
 int32_t AttentionPlugin::getNbOutputs() const noexcept
@@ -39,8 +111,12 @@ int32_t AttentionPlugin::getNbOutputs() const noexcept
 }
 
 int32_t AttentionPlugin::getOutputDataTypes(
-    DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes, int32_t /*nbInputs*/) const noexcept
+    DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes, int32_t nbInputs) const noexcept
 {
+    if (!checkCount(kNAME, "inputs", nbInputs, kNUM_INPUTS))
+    {
+        return kFAILURE;
+    }
     for (int32_t i = 0; i < nbOutputs; ++i)
     {
         outputTypes[i] = inputTypes[kQUERY];
@@ -89,7 +165,9 @@ bool AttentionPlugin::checkShapes(Dims const* inputs) const noexcept
         {kPAST_LENGTH, "past_length", 1, {batch, 0, 0, 0}, {"B", "", "", ""}},
     };
     return checkExpectedShapes(kNAME, inputs, expected, sizeof expected / sizeof expected[0])
-        && checkAttentionLimits(kNAME, mParameters, batch, newTokens, capacity);
+        && checkAttentionLimits(kNAME, mParameters, batch, newTokens, capacity)
+        && (!isSplit(newTokens)
+            || checkSplitLimits(batch, newTokens, capacity));
 }
 
 int32_t AttentionPlugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const* /*shapeInputs*/,
@@ -139,16 +217,24 @@ int32_t AttentionPlugin::configurePlugin(DynamicPluginTensorDesc const* in, int3
     {
         return kFAILURE;
     }
-    mParameters.dtype = static_cast<int32_t>(in[kQUERY].desc.type);
-    return kSUCCESS;
+    return noteDtype(in[kQUERY].desc.type);
 }
 
-//! The rotated query, [B, S, H*D].
 size_t AttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t /*nbInputs*/,
     DynamicPluginTensorDesc const* /*outputs*/, int32_t /*nbOutputs*/) const noexcept
 {
     Dims const& query = inputs[kQUERY].max;
-    return static_cast<size_t>(query.d[0] * query.d[1] * query.d[2] * elementSize(inputs[kQUERY].desc.type));
+    Sizes const largest{query.d[0], query.d[1], inputs[kPAST_KEY].max.d[2]};
+    // A call of fewer tokens than the largest may be split.
+    int64_t const group = mParameters.num_heads / mParameters.num_kv_heads;
+    int64_t const splitTokens = std::min(largest.newTokens, std::max<int64_t>(1, kernels::kSPLIT_ROWS / group));
+    if (!checkLargestQuery(kNAME, mParameters, query, largest.capacity)
+        || !checkSplitLimits(largest.batch, splitTokens, largest.capacity))
+    {
+        return kIMPOSSIBLE_WORKSPACE;
+    }
+    return static_cast<size_t>(
+        Workspace(mParameters, largest, splitTokens, elementSize(inputs[kQUERY].desc.type)).bytes);
 }
 
 int32_t AttentionPlugin::onShapeChange(
@@ -163,7 +249,8 @@ int32_t AttentionPlugin::onShapeChange(
     {
         dims[i] = in[i].dims;
     }
-    return checkShapes(dims) && prepareKernels(in[kQUERY].type) ? kSUCCESS : kFAILURE;
+    bool const fits = checkKnown(kNAME, dims, kNUM_INPUTS) && checkShapes(dims);
+    return fits && prepareKernels(in[kQUERY].type) ? kSUCCESS : kFAILURE;
 }
 
 bool AttentionPlugin::copyCache(int64_t bytes, void const* past, void* present, cudaStream_t stream) const noexcept
@@ -188,8 +275,8 @@ bool AttentionPlugin::copyCache(int64_t bytes, void const* past, void* present, 
 }
 
 //! Query -> workspace, key and value -> the cache, at past_length.
-bool AttentionPlugin::rotateAndAppend(Sizes const& sizes, void const* const* inputs, void* const* outputs,
-    void* rotatedQuery, cudaStream_t stream) const noexcept
+bool AttentionPlugin::rotateAndAppend(Sizes const& sizes, Workspace const& parts, void const* const* inputs,
+    void* const* outputs, cudaStream_t stream) const noexcept
 {
     kernels::RotateAndAppendArguments arguments;
     arguments.query = deviceAddress(inputs[kQUERY]);
@@ -198,7 +285,7 @@ bool AttentionPlugin::rotateAndAppend(Sizes const& sizes, void const* const* inp
     arguments.cos = deviceAddress(inputs[kCOS]);
     arguments.sin = deviceAddress(inputs[kSIN]);
     arguments.past_length = deviceAddress(inputs[kPAST_LENGTH]);
-    arguments.rotated_query = deviceAddress(rotatedQuery);
+    arguments.rotated_query = parts.at(parts.rotatedQuery);
     arguments.present_key = deviceAddress(outputs[kPRESENT_KEY]);
     arguments.present_value = deviceAddress(outputs[kPRESENT_VALUE]);
     arguments.new_tokens = static_cast<int32_t>(sizes.newTokens);
@@ -213,13 +300,13 @@ bool AttentionPlugin::rotateAndAppend(Sizes const& sizes, void const* const* inp
     return launch(kNAME, mRotateAndAppend, Grid{sizes.batch * sizes.newTokens, 1, 1}, arguments, stream);
 }
 
-//! Workspace and cache -> attn_output.
+//! What the two ways of attending over the cache have in common.
 template <class Arguments>
-bool AttentionPlugin::attend(LoadedKernel const& kernel, Sizes const& sizes, void const* rotatedQuery,
-    void const* pastLength, void* const* outputs, cudaStream_t stream) const noexcept
+Arguments AttentionPlugin::attentionArguments(
+    Sizes const& sizes, Workspace const& parts, void const* pastLength, void* const* outputs) const noexcept
 {
     Arguments arguments;
-    arguments.rotated_query = deviceAddress(rotatedQuery);
+    arguments.rotated_query = parts.at(parts.rotatedQuery);
     arguments.present_key = deviceAddress(outputs[kPRESENT_KEY]);
     arguments.present_value = deviceAddress(outputs[kPRESENT_VALUE]);
     arguments.past_length = deviceAddress(pastLength);
@@ -230,10 +317,54 @@ bool AttentionPlugin::attend(LoadedKernel const& kernel, Sizes const& sizes, voi
     arguments.num_kv_heads = mParameters.num_kv_heads;
     arguments.capacity = static_cast<int32_t>(sizes.capacity);
     arguments.head_dim = mParameters.head_dim;
-    // A tile's rows are the (token, head) pairs of one group: they share its key and value head.
+    return arguments;
+}
+
+//! A tile's rows are the (token, head) pairs of one group: they share its key and value head.
+Grid AttentionPlugin::gridOf(LoadedKernel const& kernel, Sizes const& sizes, int64_t pieces) const noexcept
+{
     int64_t const rows = sizes.newTokens * (mParameters.num_heads / mParameters.num_kv_heads);
-    Grid const grid{ceilDiv(rows, kernel.image->block_m), mParameters.num_kv_heads, sizes.batch};
-    return launch(kNAME, kernel, grid, arguments, stream);
+    return {ceilDiv(rows, kernel.image->rows) * pieces, mParameters.num_kv_heads, sizes.batch};
+}
+
+//! Workspace and cache -> attn_output.
+bool AttentionPlugin::attendWhole(Sizes const& sizes, Workspace const& parts, void const* pastLength,
+    void* const* outputs, cudaStream_t stream) const noexcept
+{
+    auto arguments = attentionArguments<kernels::AttentionPrefillArguments>(sizes, parts, pastLength, outputs);
+    return launch(kNAME, mPrefill, gridOf(mPrefill, sizes, 1), arguments, stream);
+}
+
+//! The same by pieces of the cache, whose results are merged where there are several.
+bool AttentionPlugin::attendInPieces(Sizes const& sizes, Workspace const& parts, void const* pastLength,
+    void* const* outputs, cudaStream_t stream) const noexcept
+{
+    int64_t const pieces = numSplits(sizes.capacity);
+    auto split = attentionArguments<kernels::AttentionSplitArguments>(sizes, parts, pastLength, outputs);
+    split.partial_output = parts.at(parts.partialOutput);
+    split.partial_softmax = parts.at(parts.partialSoftmax);
+    split.num_splits = static_cast<int32_t>(pieces);
+    split.split_keys = static_cast<int32_t>(splitKeys(sizes.capacity));
+    if (!launch(kNAME, mSplit, gridOf(mSplit, sizes, pieces), split, stream))
+    {
+        return false;
+    }
+    if (pieces == 1)
+    {
+        return true;
+    }
+    kernels::AttentionCombineArguments combine;
+    combine.partial_output = split.partial_output;
+    combine.partial_softmax = split.partial_softmax;
+    combine.past_length = split.past_length;
+    combine.attn_output = split.attn_output;
+    combine.new_tokens = split.new_tokens;
+    combine.num_heads = split.num_heads;
+    combine.capacity = split.capacity;
+    combine.head_dim = split.head_dim;
+    combine.num_splits = split.num_splits;
+    combine.split_keys = split.split_keys;
+    return launch(kNAME, mCombine, Grid{sizes.batch * sizes.newTokens * mParameters.num_heads, 1, 1}, combine, stream);
 }
 
 int32_t AttentionPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* /*outputDesc*/,
@@ -261,12 +392,13 @@ int32_t AttentionPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensor
     {
         return kFAILURE;
     }
-    bool const isDone = rotateAndAppend(sizes, inputs, outputs, workspace, stream)
-        && (sizes.newTokens == 1
-                ? attend<kernels::AttentionDecodeArguments>(
-                    mDecode, sizes, workspace, inputs[kPAST_LENGTH], outputs, stream)
-                : attend<kernels::AttentionPrefillArguments>(
-                    mPrefill, sizes, workspace, inputs[kPAST_LENGTH], outputs, stream));
+    bool const splits = isSplit(sizes.newTokens);
+    Workspace parts(mParameters, sizes, splits ? sizes.newTokens : 0, elementSize(inputDesc[kQUERY].type));
+    parts.start = workspace;
+    void const* const pastLength = inputs[kPAST_LENGTH];
+    bool const isDone = rotateAndAppend(sizes, parts, inputs, outputs, stream)
+        && (splits ? attendInPieces(sizes, parts, pastLength, outputs, stream)
+                   : attendWhole(sizes, parts, pastLength, outputs, stream));
     return isDone ? kSUCCESS : kFAILURE;
 }
 } // namespace llama_export

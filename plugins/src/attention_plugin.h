@@ -12,6 +12,7 @@
 #pragma once
 
 #include "attention_parameters.h"
+#include "launch.h"
 
 namespace llama_export
 {
@@ -65,18 +66,27 @@ public:
         void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
 
 private:
-    struct Sizes; //!< of one enqueue
+    struct Sizes;     //!< of one enqueue
+    struct Workspace; //!< what lies where in it
 
     bool checkShapes(nvinfer1::Dims const* inputs) const noexcept;
     bool copyCache(int64_t bytes, void const* past, void* present, cudaStream_t stream) const noexcept;
-    bool rotateAndAppend(Sizes const& sizes, void const* const* inputs, void* const* outputs, void* rotatedQuery,
+    bool isSplit(int64_t newTokens) const noexcept;
+    bool checkSplitLimits(int64_t batch, int64_t newTokens, int64_t capacity) const noexcept;
+    bool rotateAndAppend(Sizes const& sizes, Workspace const& parts, void const* const* inputs, void* const* outputs,
         cudaStream_t stream) const noexcept;
     template <class Arguments>
-    bool attend(LoadedKernel const& kernel, Sizes const& sizes, void const* rotatedQuery, void const* pastLength,
-        void* const* outputs, cudaStream_t stream) const noexcept;
+    Arguments attentionArguments(Sizes const& sizes, Workspace const& parts, void const* pastLength,
+        void* const* outputs) const noexcept;
+    Grid gridOf(LoadedKernel const& kernel, Sizes const& sizes, int64_t pieces) const noexcept;
+    bool attendWhole(Sizes const& sizes, Workspace const& parts, void const* pastLength, void* const* outputs,
+        cudaStream_t stream) const noexcept;
+    bool attendInPieces(Sizes const& sizes, Workspace const& parts, void const* pastLength, void* const* outputs,
+        cudaStream_t stream) const noexcept;
 
     LoadedKernel mRotateAndAppend;
     LoadedKernel mPrefill;
-    LoadedKernel mDecode;
+    LoadedKernel mSplit;
+    LoadedKernel mCombine;
 };
 } // namespace llama_export

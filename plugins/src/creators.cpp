@@ -13,7 +13,7 @@
 namespace
 {
 //! Raised when an engine of the previous library would not run on this one: other inputs, attributes, or stored fields.
-constexpr int32_t kABI = 2;
+constexpr int32_t kABI = 3;
 
 llama_export::PluginCreator<llama_export::RmsNormPlugin> gRmsNormCreator;
 llama_export::PluginCreator<llama_export::AddRmsNormPlugin> gAddRmsNormCreator;

@@ -1,6 +1,7 @@
 #include "cuda_driver.h"
 
 #include "log.h"
+#include "old_glibc.h"
 
 #include <cstdlib>
 #include <dlfcn.h>

@@ -24,7 +24,7 @@ constexpr uint32_t kDEFAULT_SHARED_BYTES = 48 * 1024;
 bool isOf(KernelImage const& image, KernelRequest const& request) noexcept
 {
     return std::strcmp(image.kernel, request.kernel) == 0 && image.dtype == request.dtype
-        && (image.masked ? image.head_dim >= request.headDim : image.head_dim == request.headDim);
+        && (image.masked ? image.width >= request.width : image.width == request.width);
 }
 
 bool runsOn(KernelImage const& image, int32_t computeCapability) noexcept
@@ -40,16 +40,16 @@ bool runsOn(KernelImage const& image, int32_t computeCapability) noexcept
     return image.compute_capability / 10 == computeCapability / 10 && image.compute_capability <= computeCapability;
 }
 
-//! An exact head_dim before a padded one, less padding before more, compiled code before PTX, a later chip before an earlier.
+//! An exact width before a padded one, less padding before more, compiled code before PTX, a later chip before an earlier.
 bool isBetter(KernelImage const& a, KernelImage const& b) noexcept
 {
     if (a.masked != b.masked)
     {
         return !a.masked;
     }
-    if (a.head_dim != b.head_dim)
+    if (a.width != b.width)
     {
-        return a.head_dim < b.head_dim;
+        return a.width < b.width;
     }
     if (a.ptx != b.ptx)
     {
@@ -151,13 +151,13 @@ bool isDtypeServed(char const* kernel, int32_t dtype) noexcept
     return false;
 }
 
-bool isHeadDimServed(char const* kernel, int64_t headDim) noexcept
+bool isWidthServed(char const* kernel, int64_t width) noexcept
 {
     for (size_t i = 0; i < kImageCount; ++i)
     {
         KernelImage const& image = kImages[i];
         if (std::strcmp(image.kernel, kernel) == 0
-            && (image.masked ? image.head_dim >= headDim : image.head_dim == headDim))
+            && (image.masked ? image.width >= width : image.width == width))
         {
             return true;
         }
@@ -192,9 +192,9 @@ bool loadKernel(char const* plugin, KernelRequest const& request, LoadedKernel& 
     if (image == nullptr)
     {
         reportError(plugin,
-            "no kernel `%s` of TensorRT data type %d and head_dim %d for this GPU: got compute capability %d.%d, expected 8.0 "
+            "no kernel `%s` of TensorRT data type %d, %d wide, for this GPU: got compute capability %d.%d, expected 8.0 "
             "or later and one that the library was built for; hint: %s",
-            request.kernel, request.dtype, request.headDim, computeCapability / 10, computeCapability % 10,
+            request.kernel, request.dtype, request.width, computeCapability / 10, computeCapability % 10,
             computeCapability < kOLDEST_COMPUTE_CAPABILITY
                 ? "build the engine with --ops native"
                 : "rebuild the library without LLAMA_EXPORT_CHIPS, or with 80 among them");

@@ -12,7 +12,7 @@ struct KernelRequest
 {
     char const* kernel; //!< name in the table, e.g. "rms_norm"
     int32_t dtype;      //!< of TensorRT: 0 float32, 1 float16, 7 bfloat16
-    int32_t headDim; //!< 0 for the norms
+    int32_t width;      //!< attention: head_dim; norms: hidden_size
 };
 
 //! A function that is ready to launch in the context it was loaded in.
@@ -25,8 +25,8 @@ struct LoadedKernel
 //! Whether there is a compiled kernel for this dtype, whatever the chip: known without a GPU.
 bool isDtypeServed(char const* kernel, int32_t dtype) noexcept;
 
-//! Whether there is a compiled kernel for this head_dim, whatever the dtype and the chip: known without a GPU.
-bool isHeadDimServed(char const* kernel, int64_t headDim) noexcept;
+//! Whether there is a compiled kernel for this width, whatever the dtype and the chip: known without a GPU.
+bool isWidthServed(char const* kernel, int64_t width) noexcept;
 
 //! The image to run on a chip; nullptr if there is none. `computeCapability` is 10 * major + minor.
 kernels::KernelImage const* selectImage(KernelRequest const& request, int32_t computeCapability) noexcept;

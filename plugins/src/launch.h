@@ -20,6 +20,13 @@ inline int64_t ceilDiv(int64_t a, int64_t b) noexcept
     return (a + b - 1) / b;
 }
 
+//! The size of a part of a workspace, such that the next part is aligned.
+inline int64_t padded(int64_t bytes) noexcept
+{
+    constexpr int64_t kALIGNMENT = 256;
+    return ceilDiv(bytes, kALIGNMENT) * kALIGNMENT;
+}
+
 inline CUdeviceptr deviceAddress(void const* pointer) noexcept
 {
     return reinterpret_cast<CUdeviceptr>(pointer);
@@ -34,6 +41,17 @@ bool launch(char const* plugin, LoadedKernel const& kernel, Grid const& grid, Ar
     CudaDriver const* const driver = cudaDriver(plugin);
     if (driver == nullptr)
     {
+        return false;
+    }
+    constexpr int64_t kMAX_GRID_X = 0x7fffffff; // CUDA's limits; the casts below would wrap a larger one to a legal one
+    constexpr int64_t kMAX_GRID_YZ = 65535;
+    if (grid.x < 1 || grid.x > kMAX_GRID_X || grid.y < 1 || grid.y > kMAX_GRID_YZ || grid.z < 1 || grid.z > kMAX_GRID_YZ)
+    {
+        reportError(plugin,
+            "kernel `%s` cannot be launched with grid %lld x %lld x %lld, expected at most %lld x %lld x %lld",
+            Arguments::kKernel, static_cast<long long>(grid.x), static_cast<long long>(grid.y),
+            static_cast<long long>(grid.z), static_cast<long long>(kMAX_GRID_X), static_cast<long long>(kMAX_GRID_YZ),
+            static_cast<long long>(kMAX_GRID_YZ));
         return false;
     }
     CUresult const error = driver->launchKernel(kernel.function, static_cast<uint32_t>(grid.x),

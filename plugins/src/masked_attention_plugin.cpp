@@ -25,12 +25,6 @@ struct MaskedAttentionPlugin::Workspace
         return deviceAddress(start) + static_cast<CUdeviceptr>(offset);
     }
 
-    static int64_t padded(int64_t bytes) noexcept
-    {
-        constexpr int64_t kALIGNMENT = 256;
-        return ceilDiv(bytes, kALIGNMENT) * kALIGNMENT;
-    }
-
     void* start{};
     int64_t query{0}; //!< offsets, in bytes
     int64_t key;
@@ -63,8 +57,12 @@ int32_t MaskedAttentionPlugin::getNbOutputs() const noexcept
 }
 
 int32_t MaskedAttentionPlugin::getOutputDataTypes(
-    DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes, int32_t /*nbInputs*/) const noexcept
+    DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes, int32_t nbInputs) const noexcept
 {
+    if (!checkCount(kNAME, "inputs", nbInputs, kNUM_INPUTS))
+    {
+        return kFAILURE;
+    }
     for (int32_t i = 0; i < nbOutputs; ++i)
     {
         outputTypes[i] = inputTypes[kQUERY];
@@ -142,14 +140,17 @@ int32_t MaskedAttentionPlugin::configurePlugin(DynamicPluginTensorDesc const* in
     {
         return kFAILURE;
     }
-    mParameters.dtype = static_cast<int32_t>(in[kQUERY].desc.type);
-    return kSUCCESS;
+    return noteDtype(in[kQUERY].desc.type);
 }
 
 size_t MaskedAttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t /*nbInputs*/,
     DynamicPluginTensorDesc const* /*outputs*/, int32_t /*nbOutputs*/) const noexcept
 {
     Dims const& query = inputs[kQUERY].max;
+    if (!checkLargestQuery(kNAME, mParameters, query, query.d[1]))
+    {
+        return kIMPOSSIBLE_WORKSPACE;
+    }
     return static_cast<size_t>(
         Workspace(mParameters, query.d[0], query.d[1], elementSize(inputs[kQUERY].desc.type)).bytes);
 }
@@ -166,7 +167,8 @@ int32_t MaskedAttentionPlugin::onShapeChange(
     {
         dims[i] = in[i].dims;
     }
-    return checkShapes(dims) && prepareKernels(in[kQUERY].type) ? kSUCCESS : kFAILURE;
+    bool const fits = checkKnown(kNAME, dims, kNUM_INPUTS) && checkShapes(dims);
+    return fits && prepareKernels(in[kQUERY].type) ? kSUCCESS : kFAILURE;
 }
 
 bool MaskedAttentionPlugin::clearPastLength(Workspace const& parts, int64_t batch, cudaStream_t stream) const noexcept
@@ -228,7 +230,7 @@ bool MaskedAttentionPlugin::attend(Workspace const& parts, int64_t batch, int64_
     arguments.head_dim = mParameters.head_dim;
     // A tile's rows are the (token, head) pairs of one group: they share its key and value head.
     int64_t const rows = tokens * (mParameters.num_heads / mParameters.num_kv_heads);
-    Grid const grid{ceilDiv(rows, mAttend.image->block_m), mParameters.num_kv_heads, batch};
+    Grid const grid{ceilDiv(rows, mAttend.image->rows), mParameters.num_kv_heads, batch};
     return launch(kNAME, mAttend, grid, arguments, stream);
 }
 

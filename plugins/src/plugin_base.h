@@ -20,6 +20,10 @@ constexpr int32_t kFAILURE = -1;
 //! Serialised where configurePlugin() has not told the data type.
 constexpr int32_t kNO_DTYPE = -1;
 
+//! What getWorkspaceSize(), which cannot fail, answers for shapes that are beyond the limits: nothing can give as much, and a
+//! caller may still round it up.
+constexpr size_t kIMPOSSIBLE_WORKSPACE = size_t{1} << 62;
+
 //! Bytes of one element of the data types that the kernels take.
 inline int64_t elementSize(nvinfer1::DataType type) noexcept
 {
@@ -34,9 +38,10 @@ inline int64_t elementSize(nvinfer1::DataType type) noexcept
 //!   Parameters               a struct of its attributes, and `int32_t dtype`
 //!   read(FieldReader&, Parameters&)          reads the attributes and checks their ranges
 //!   write(Parameters const&, PluginField*)   the attributes as fields
-//!   loadKernels()            loads the kernels for mParameters.dtype into the current CUDA context
-//! and the virtual functions that this class leaves pure.
-template <class Derived, class Parameters_, int32_t NumAttributes>
+//!   loadKernels()            loads the kernels for mParameters into the current CUDA context
+//! and the virtual functions that this class leaves pure; where an engine must store more than the data type, also
+//!   readStored(FieldReader&, Parameters&), writeStored(Parameters const&, PluginField*), isConfigured(Parameters const&)
+template <class Derived, class Parameters_, int32_t NumAttributes, int32_t NumStored = 1>
 class PluginBase : public nvinfer1::IPluginV3,
                    public nvinfer1::IPluginV3OneCore,
                    public nvinfer1::IPluginV3OneBuildV2,
@@ -49,6 +54,7 @@ public:
     explicit PluginBase(Parameters const& parameters) noexcept
         : mParameters(parameters)
     {
+        describeFields();
     }
 
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override
@@ -86,7 +92,7 @@ public:
     nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext* /*context*/) noexcept override
     {
         Derived* const attached = copy();
-        if (attached != nullptr && attached->mParameters.dtype != kNO_DTYPE)
+        if (attached != nullptr && Derived::isConfigured(attached->mParameters))
         {
             attached->mIsReady = attached->loadKernels();
         }
@@ -95,13 +101,42 @@ public:
 
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override
     {
-        Derived::write(mParameters, mFields);
-        mFields[NumAttributes] = {"dtype", &mParameters.dtype, nvinfer1::PluginFieldType::kINT32, 1};
-        mFieldCollection = {NumAttributes + 1, mFields};
         return &mFieldCollection;
     }
 
+    //! What configurePlugin() found out, which an engine stores beside the attributes.
+    static void writeStored(Parameters const& parameters, nvinfer1::PluginField* fields) noexcept
+    {
+        fields[0] = {"dtype", &parameters.dtype, nvinfer1::PluginFieldType::kINT32, 1};
+    }
+    static void readStored(FieldReader& reader, Parameters& parameters) noexcept
+    {
+        reader.readInteger("dtype", parameters.dtype);
+        reader.require(parameters.dtype == kNO_DTYPE || isDtypeServed(Derived::kKERNEL, parameters.dtype), "dtype",
+            parameters.dtype, "a TensorRT data type that this library has kernels for");
+    }
+
+    //! Whether enough is known to choose the kernels.
+    static bool isConfigured(Parameters const& parameters) noexcept
+    {
+        return parameters.dtype != kNO_DTYPE;
+    }
+
 protected:
+    //! Notes the data type that an engine stores; reports one that no kernel takes.
+    int32_t noteDtype(nvinfer1::DataType dtype) noexcept
+    {
+        if (!isDtypeServed(Derived::kKERNEL, static_cast<int32_t>(dtype)))
+        {
+            reportError(Derived::kNAME,
+                "no kernel takes TensorRT data type %d, expected float32 (0), float16 (1) or bfloat16 (7)",
+                static_cast<int32_t>(dtype));
+            return kFAILURE;
+        }
+        mParameters.dtype = static_cast<int32_t>(dtype);
+        return kSUCCESS;
+    }
+
     //! Loads the kernels unless those of this dtype are loaded already.
     bool prepareKernels(nvinfer1::DataType dtype) noexcept
     {
@@ -139,17 +174,28 @@ protected:
     bool mIsReady{false};
 
 private:
+    //! Points the fields at this object's own parameters. Once for each object, not when they are asked for: an engine may be
+    //! stored by one thread while another makes a context of the same plugin.
+    void describeFields() noexcept
+    {
+        Derived::write(mParameters, mFields);
+        Derived::writeStored(mParameters, mFields + NumAttributes);
+        mFieldCollection = {NumAttributes + NumStored, mFields};
+    }
+
     Derived* copy() const noexcept
     {
         Derived* const made = new (std::nothrow) Derived(static_cast<Derived const&>(*this));
         if (made == nullptr)
         {
             reportError(Derived::kNAME, "out of host memory");
+            return nullptr;
         }
+        made->describeFields();
         return made;
     }
 
-    nvinfer1::PluginField mFields[NumAttributes + 1]{};
+    nvinfer1::PluginField mFields[NumAttributes + NumStored]{};
     nvinfer1::PluginFieldCollection mFieldCollection{};
 };
 
@@ -191,9 +237,7 @@ public:
         Plugin::read(reader, parameters);
         if (phase == nvinfer1::TensorRTPhase::kRUNTIME)
         {
-            reader.readInteger("dtype", parameters.dtype);
-            reader.require(parameters.dtype == kNO_DTYPE || isDtypeServed(Plugin::kKERNEL, parameters.dtype), "dtype",
-                parameters.dtype, "a TensorRT data type that this library has kernels for");
+            Plugin::readStored(reader, parameters);
         }
         if (!reader.finish())
         {

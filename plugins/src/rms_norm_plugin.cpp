@@ -1,6 +1,5 @@
 #include "rms_norm_plugin.h"
 
-#include "launch.h"
 #include "shapes.h"
 
 #include <limits>
@@ -16,7 +15,7 @@ int64_t numRows(Dims const& dims) noexcept
     int64_t rows = 1;
     for (int32_t i = 0; i + 1 < dims.nbDims; ++i)
     {
-        rows *= dims.d[i];
+        rows = productOf({rows, dims.d[i]});
     }
     return rows;
 }
@@ -42,9 +41,32 @@ void NormPlugin<Derived>::write(RmsNormParameters const& parameters, PluginField
 }
 
 template <class Derived>
+void NormPlugin<Derived>::readStored(FieldReader& reader, RmsNormParameters& parameters) noexcept
+{
+    Base::readStored(reader, parameters);
+    reader.readInteger("hidden_size", parameters.hidden_size);
+    reader.require(parameters.hidden_size == kNO_HIDDEN_SIZE || parameters.hidden_size > 0, "hidden_size",
+        parameters.hidden_size, "a positive number");
+}
+
+template <class Derived>
+void NormPlugin<Derived>::writeStored(RmsNormParameters const& parameters, PluginField* fields) noexcept
+{
+    Base::writeStored(parameters, fields);
+    fields[1] = {"hidden_size", &parameters.hidden_size, PluginFieldType::kINT32, 1};
+}
+
+template <class Derived>
+bool NormPlugin<Derived>::isConfigured(RmsNormParameters const& parameters) noexcept
+{
+    return Base::isConfigured(parameters) && parameters.hidden_size != kNO_HIDDEN_SIZE;
+}
+
+template <class Derived>
 bool NormPlugin<Derived>::loadKernels() noexcept
 {
-    return loadKernel(Derived::kNAME, {Derived::kKERNEL, this->mParameters.dtype, 0}, mKernel);
+    KernelRequest const request{Derived::kKERNEL, this->mParameters.dtype, this->mParameters.hidden_size};
+    return loadKernel(Derived::kNAME, request, mKernel);
 }
 
 template <class Derived>
@@ -55,8 +77,12 @@ int32_t NormPlugin<Derived>::getNbOutputs() const noexcept
 
 template <class Derived>
 int32_t NormPlugin<Derived>::getOutputDataTypes(
-    DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes, int32_t /*nbInputs*/) const noexcept
+    DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes, int32_t nbInputs) const noexcept
 {
+    if (!checkCount(Derived::kNAME, "inputs", nbInputs, Derived::kNUM_INPUTS))
+    {
+        return kFAILURE;
+    }
     for (int32_t i = 0; i < nbOutputs; ++i)
     {
         outputTypes[i] = inputTypes[Derived::kHIDDEN_STATES];
@@ -68,9 +94,10 @@ template <class Derived>
 bool NormPlugin<Derived>::checkShapes(Dims const* inputs) noexcept
 {
     Dims const& hidden = inputs[Derived::kHIDDEN_STATES];
-    if (hidden.nbDims < 1)
+    if (hidden.nbDims < 1 || hidden.nbDims > Dims::MAX_DIMS)
     {
-        reportError(Derived::kNAME, "`hidden_states` is of the wrong rank: got 0 dimensions, expected at least 1");
+        reportError(Derived::kNAME, "`hidden_states` is of the wrong rank: got %d dimensions, expected 1 to %d",
+            hidden.nbDims, Dims::MAX_DIMS);
         return false;
     }
     for (int32_t i = 0; i < Derived::kWEIGHT; ++i) // hidden_states and, where there is one, the residual
@@ -137,7 +164,13 @@ int32_t NormPlugin<Derived>::configurePlugin(DynamicPluginTensorDesc const* in, 
     {
         return kFAILURE;
     }
-    this->mParameters.dtype = static_cast<int32_t>(in[Derived::kHIDDEN_STATES].desc.type);
+    if (this->noteDtype(in[Derived::kHIDDEN_STATES].desc.type) != kSUCCESS)
+    {
+        return kFAILURE;
+    }
+    Dims const& weight = in[Derived::kWEIGHT].desc.dims;
+    bool const isKnown = weight.nbDims == 1 && weight.d[0] > 0 && weight.d[0] <= std::numeric_limits<int32_t>::max();
+    this->mParameters.hidden_size = isKnown ? static_cast<int32_t>(weight.d[0]) : kNO_HIDDEN_SIZE;
     return kSUCCESS;
 }
 
@@ -155,10 +188,20 @@ int32_t NormPlugin<Derived>::onShapeChange(
     {
         dims[i] = in[i].dims;
     }
-    bool const fits = checkShapes(dims)
+    bool const fits = checkKnown(Derived::kNAME, dims, Derived::kNUM_INPUTS) && checkShapes(dims)
         && checkLimit(Derived::kNAME, "the number of rows", numRows(dims[Derived::kHIDDEN_STATES]),
             std::numeric_limits<int32_t>::max());
-    return fits && this->prepareKernels(in[Derived::kHIDDEN_STATES].type) ? kSUCCESS : kFAILURE;
+    if (!fits)
+    {
+        return kFAILURE;
+    }
+    int32_t const size = static_cast<int32_t>(hiddenSize(dims[Derived::kHIDDEN_STATES]));
+    if (this->mParameters.hidden_size != size)
+    {
+        this->mParameters.hidden_size = size;
+        this->mIsReady = false;
+    }
+    return this->prepareKernels(in[Derived::kHIDDEN_STATES].type) ? kSUCCESS : kFAILURE;
 }
 
 int32_t RmsNormPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* /*outputDesc*/,
@@ -179,9 +222,10 @@ int32_t RmsNormPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDe
     arguments.hidden_states = deviceAddress(inputs[kHIDDEN_STATES]);
     arguments.weight = deviceAddress(inputs[kWEIGHT]);
     arguments.normed = deviceAddress(outputs[kNORMED]);
+    arguments.num_rows = static_cast<int32_t>(rows);
     arguments.hidden_size = static_cast<int32_t>(hiddenSize(dims));
     arguments.epsilon = mParameters.epsilon;
-    return launch(kNAME, mKernel, Grid{rows, 1, 1}, arguments, stream) ? kSUCCESS : kFAILURE;
+    return launch(kNAME, mKernel, gridOf(rows), arguments, stream) ? kSUCCESS : kFAILURE;
 }
 
 int32_t AddRmsNormPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* /*outputDesc*/,
@@ -205,9 +249,10 @@ int32_t AddRmsNormPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTenso
     arguments.weight = deviceAddress(inputs[kWEIGHT]);
     arguments.normed = deviceAddress(outputs[kNORMED]);
     arguments.new_residual = deviceAddress(outputs[kNEW_RESIDUAL]);
+    arguments.num_rows = static_cast<int32_t>(rows);
     arguments.hidden_size = static_cast<int32_t>(hiddenSize(dims));
     arguments.epsilon = mParameters.epsilon;
-    return launch(kNAME, mKernel, Grid{rows, 1, 1}, arguments, stream) ? kSUCCESS : kFAILURE;
+    return launch(kNAME, mKernel, gridOf(rows), arguments, stream) ? kSUCCESS : kFAILURE;
 }
 
 template class NormPlugin<RmsNormPlugin>;

@@ -5,25 +5,35 @@
 //! All tensors are of one type: float32, float16 or bfloat16. The kernels say how they round (kernels/rms_norm.py).
 #pragma once
 
+#include "launch.h"
 #include "plugin_base.h"
 
 namespace llama_export
 {
+//! Serialised where configurePlugin() has not told the hidden size.
+constexpr int32_t kNO_HIDDEN_SIZE = -1;
+
 struct RmsNormParameters
 {
     float epsilon{};           //!< added to the mean of squares, inside the root
     int32_t dtype{kNO_DTYPE};
+    int32_t hidden_size{kNO_HIDDEN_SIZE}; //!< E, which decides on the kernel
 };
 
 //! What the two norms share: everything but the residual.
 template <class Derived>
-class NormPlugin : public PluginBase<Derived, RmsNormParameters, 1>
+class NormPlugin : public PluginBase<Derived, RmsNormParameters, 1, 2>
 {
 public:
-    using PluginBase<Derived, RmsNormParameters, 1>::PluginBase;
+    using Base = PluginBase<Derived, RmsNormParameters, 1, 2>;
+    using Base::Base;
 
     static void read(FieldReader& reader, RmsNormParameters& parameters) noexcept;
     static void write(RmsNormParameters const& parameters, nvinfer1::PluginField* fields) noexcept;
+
+    static void readStored(FieldReader& reader, RmsNormParameters& parameters) noexcept;
+    static void writeStored(RmsNormParameters const& parameters, nvinfer1::PluginField* fields) noexcept;
+    static bool isConfigured(RmsNormParameters const& parameters) noexcept;
 
     bool loadKernels() noexcept;
 
@@ -41,6 +51,12 @@ public:
         int32_t nbOutputs) noexcept override;
 
 protected:
+    //! Programs of the kernel, each of which takes a number of rows.
+    Grid gridOf(int64_t rows) const noexcept
+    {
+        return {ceilDiv(rows, mKernel.image->rows), 1, 1};
+    }
+
     LoadedKernel mKernel;
 
 private:

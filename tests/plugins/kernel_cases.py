@@ -199,7 +199,18 @@ def cases() -> Iterator[Case]:
     """Awkward sizes at every dtype."""
     for dtype in DTYPES:
         for op in ("LlamaRMSNorm", "LlamaAddRMSNorm"):
-            for shape in ((1, 1, 2), (2, 3, 192), (5, 300), (1, 1, 1024), (2, 1025), (1, 2, 4096)):
+            for shape in (
+                (1, 1, 2),
+                (2, 3, 192),
+                (5, 300),
+                (1, 1, 1024),
+                (2, 1025),
+                (1, 2, 4096),
+                (5, 2048),
+                (3, 8000),
+                (2, 16384),
+                (1, 16400),
+            ):
                 yield norm_case(op, dtype, *shape)
             yield norm_case(op, dtype, 3, 64, magnitude=200.0)  # squares beyond float16
             yield norm_case(op, dtype, 3, 64, magnitude=1e-3)  # epsilon counts
@@ -217,6 +228,12 @@ def cases() -> Iterator[Case]:
             ([0, 7], 1, 20, 1, 64, 9),  # more heads in a group than a decode tile has rows
             ([5], 3, 1, 1, 2, 9),  # head_dim 2: one pair
             ([65], 70, 2, 1, 64, 150),  # several tiles of queries and of keys, over a cache that is not empty
+            ([700, 3], 1, 8, 2, 64, 1000),  # eight pieces of the cache, of which one row fills six and the other one
+            ([126, 127, 128], 1, 4, 1, 64, 300),  # the last key of a piece, and the first of the next
+            ([250], 4, 8, 2, 64, 300),  # few queries: they reach into another piece each
+            ([40, 0], 1, 20, 1, 64, 300),  # more heads in a group than a tile has rows, and several pieces
+            ([1100], 1, 4, 2, 96, 1300),  # longer pieces
+            ([9000], 1, 2, 1, 32, 9001),  # the longest
         ):
             yield attention_case(dtype, *arguments)
         yield attention_case(dtype, [2, 0], 3, 4, 2, 64, 8, fused=True)
@@ -235,6 +252,20 @@ def cases() -> Iterator[Case]:
         ):
             for side in ("right", "left"):
                 yield masked_attention_case(dtype, *masked, side=side)
+        for head_dim in (
+            32,
+            64,
+            80,
+            96,
+            128,
+            256,
+            18,
+            66,
+            130,
+        ):  # every width that has a kernel, and three that are padded
+            yield attention_case(dtype, [30], 9, 2, 1, head_dim, 40)
+            yield attention_case(dtype, [200, 130], 1, 4, 2, head_dim, 210)
+            yield masked_attention_case(dtype, [9, 4], 9, 4, 2, head_dim)
         yield masked_attention_case(dtype, [11, 8], 11, 4, 2, 48, side="holes")
         yield masked_attention_case(dtype, [6, 2], 6, 4, 2, 64, fused=True)
         yield masked_attention_case(dtype, [6], 6, 4, 2, 64, magnitude=8.0)  # scores of several hundred

@@ -161,13 +161,13 @@ def write_generated(folder: Path, chip: int = 89) -> Path:
     from llama_export_plugins.kernels import compile as compiler
     from llama_export_plugins.kernels.table import variants
 
-    by_key = {(item.kernel, item.dtype, item.head_dim, item.masked): item for item in variants()}
+    by_key = {(item.kernel, item.dtype, item.width, item.masked): item for item in variants()}
     (folder / "images").mkdir(parents=True)
     images = []
     for item in installed()["images"]:
         if item["compute_capability"] != chip or item["ptx"]:
             continue
-        variant = by_key[item["kernel"], item["dtype"], item["head_dim"], item["masked"]]
+        variant = by_key[item["kernel"], item["dtype"], item["width"], item["masked"]]
         content = f"// in the place of {variant.name}\0".encode()
         (folder / "images" / variant.name).write_bytes(content)
         images.append(
@@ -183,13 +183,14 @@ def write_generated(folder: Path, chip: int = 89) -> Path:
     return folder
 
 
-def compile_objects(sources: Sequence[Path], generated: Path, folder: Path) -> list[Path]:
-    """Compiles C++ and assembler files with plain g++, as CMakeLists.txt does, with the headers beside the first."""
+def compile_objects(sources: Sequence[Path], generated: Path, folder: Path, extra: Sequence[str] = ()) -> list[Path]:
+    """Compiles C++ and assembler files with plain g++, as CMakeLists.txt does, with the headers beside the first and
+    ``extra`` options."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = [
         "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-exceptions",
         '-DLLAMA_EXPORT_PLUGINS_VERSION="0.1.0"',
-        f"-I{PLUGINS / 'include'}", f"-I{sources[0].parent}", f"-I{generated}",
+        f"-I{PLUGINS / 'include'}", f"-I{sources[0].parent}", f"-I{generated}", *extra,
     ]  # fmt: skip
 
     def compile_one(path: Path) -> Path:

@@ -21,8 +21,11 @@ CHIP = 89
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Any]:
     """Some variants, for one chip."""
-    wanted = ("rms_norm_float16", "rms_norm_float32", "rotate_and_append_bfloat16_d128", "attention_decode_float16_d64",
-              "attention_decode_float32_d64", "attention_prefill_float32_d128")  # fmt: skip
+    wanted = ("rms_norm_float16_up_to_1024", "add_rms_norm_bfloat16_up_to_4096", "rms_norm_float32_up_to_any",
+              "rotate_and_append_bfloat16_128", "attention_split_float16_64", "attention_split_bfloat16_96",
+              "attention_split_float32_64", "attention_prefill_bfloat16_128", "attention_prefill_float32_128",
+              "attention_combine_bfloat16_80")  # fmt: skip
+    assert set(wanted) <= {variant.name for variant in table.variants()}
     return {
         variant.name: (variant, aot.compile_variant(variant, CHIP))
         for variant in table.variants()
@@ -49,7 +52,36 @@ def test_float32_has_no_tf32(compiled: dict[str, Any]) -> None:
 
 
 def test_sixteen_bit_attention_uses_tensor_cores(compiled: dict[str, Any]) -> None:
-    assert "mma.sync" in compiled["attention_decode_float16_d64"][1].asm["ptx"]
+    for name in ("attention_split_float16_64", "attention_split_bfloat16_96", "attention_prefill_bfloat16_128"):
+        assert "mma.sync" in compiled[name][1].asm["ptx"]
+
+
+def test_keys_and_values_are_loaded_ahead(compiled: dict[str, Any]) -> None:
+    """Asynchronously, while the block before is computed with."""
+    for name in ("attention_split_float16_64", "attention_split_bfloat16_96", "attention_prefill_bfloat16_128"):
+        assert "cp.async.cg.shared.global" in compiled[name][1].asm["ptx"]
+
+
+def test_a_short_row_is_read_once(compiled: dict[str, Any]) -> None:
+    """hidden_states, residual and weight: 16 elements a thread of each, as vectors, and no loop to read them again."""
+    variant, kernel = compiled["add_rms_norm_bfloat16_up_to_4096"]
+    vectors = re.findall(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"])
+    per_thread = 4096 * 2 // 16 // (32 * variant.num_warps)
+    assert len(vectors) == 3 * per_thread
+    assert not backward_branches(kernel.asm["ptx"])
+    assert backward_branches(compiled["rms_norm_float32_up_to_any"][1].asm["ptx"])
+
+
+def backward_branches(ptx: str) -> list[str]:
+    """The branches to labels that were passed already: loops."""
+    passed: set[str] = set()
+    found = []
+    for line in ptx.splitlines():
+        if label := re.match(r"(\$L__BB\S+):", line):
+            passed.add(label[1])
+        elif (branch := re.search(r"bra(?:\.uni)?\s+(\$L__BB[^;\s]+)", line)) and branch[1] in passed:
+            found.append(line)
+    return found
 
 
 def test_checks_pass_and_registers_are_read(compiled: dict[str, Any]) -> None:
@@ -83,7 +115,7 @@ def fake(kernel: Any, *, ptx: str | None = None, **metadata: Any) -> Fake:
 
 
 def test_a_kernel_that_must_not_ship_is_refused(compiled: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    variant, kernel = compiled["attention_decode_float32_d64"]
+    variant, kernel = compiled["attention_split_float32_64"]
     with pytest.raises(aot.CompileError, match="shared memory"):
         aot.check_compiled(variant, CHIP, fake(kernel, shared=table.SHARED_MEMORY_LIMITS[CHIP] + 1))
     with pytest.raises(aot.CompileError, match="scratch"):
@@ -98,7 +130,7 @@ def test_a_kernel_that_must_not_ship_is_refused(compiled: dict[str, Any], monkey
 
 
 def test_a_table_that_is_not_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    variant = table.select("rms_norm", "float32", 0)
+    variant = table.select("rms_norm", "float32", 512)
     kernel = table.KERNELS["rms_norm"]
     swapped = dataclasses.replace(kernel, arguments=(kernel.arguments[1], kernel.arguments[0], *kernel.arguments[2:]))
     monkeypatch.setitem(aot.KERNELS, "rms_norm", swapped)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="`triton` is not installed: pip install './plugins[interpreter]'")
 pytest.importorskip("llama_export_plugins", reason="the plugins are not installed: pip install ./plugins")
-from llama_export_plugins.kernels import attention, loop, rms_norm, table
+from llama_export_plugins.kernels import attention, launch, loop, rms_norm, table
 from llama_export_plugins.kernels.compile import compile_variant
 
 SOURCE = Path(__file__).parents[2] / "plugins" / "kernels"
@@ -65,6 +65,15 @@ def check(case: Case) -> None:
         assert verdict.passed, verdict
     for before, after in zip(untouched, case.inputs, strict=True):
         assert torch.equal(before.contiguous().view(torch.uint8), after.contiguous().view(torch.uint8))
+
+
+def test_the_cases_reach_every_variant() -> None:
+    """Nothing is compiled that no case runs."""
+    reached = set()
+    run_ops = launch.ops(lambda variant, grid, arguments: reached.add(variant.name))
+    for case in cases():
+        run_ops[case.op](*case.inputs, *case.attributes)
+    assert reached == {variant.name for variant in table.variants()}
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)
@@ -138,6 +147,20 @@ def test_rows_do_not_see_each_other() -> None:
         assert torch.equal(row[0], attn_output[b])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 20])
+def test_a_row_gets_the_same_bits_alone_and_in_any_batch(dtype: torch.dtype, tokens: int) -> None:
+    """Whatever the neighbours are and however long: the pieces of the cache follow from its capacity alone."""
+    case = attention_case(dtype, [150, 3, 270], tokens, 4, 2, 64, 300)
+    run = loop.kernel_ops()[case.op]
+    together = run(*case.inputs, *case.attributes)[0]
+    for row in range(3):
+        alone = run(*(tensor[row : row + 1] for tensor in case.inputs), *case.attributes)[0]
+        assert torch.equal(alone[0], together[row])
+    again = run(*case.inputs, *case.attributes)[0]
+    assert torch.equal(again, together)
+
+
 @pytest.mark.parametrize("fault", ["swapped cos and sin", "off by one position", "wrong group", "unscaled"])
 def test_the_oracle_catches_a_wrong_kernel_call(fault: str) -> None:
     """The judge itself: a launch with one wrong argument fails the same check."""
@@ -189,12 +212,12 @@ def test_every_kernel_has_the_arguments_of_the_table() -> None:
 @pytest.mark.parametrize("dtype", table.DTYPES)
 def test_every_even_head_dim_up_to_256_is_served_by_one_variant(dtype: str) -> None:
     for head_dim in range(2, 257, 2):
-        variant = table.select("attention_decode", dtype, head_dim)
-        assert variant.head_dim >= head_dim
-        assert variant.masked == (head_dim not in table.EXACT_HEAD_DIMS)
-        assert variant.head_dim < 2 * head_dim or variant.head_dim == 16
+        variant = table.select("attention_split", dtype, head_dim)
+        assert variant.width >= head_dim
+        assert variant.masked == (head_dim not in table.EXACT_HEAD_DIMS[dtype])
+        assert variant.width < 2 * head_dim or variant.width == min(table.PADDED_HEAD_DIMS)
     with pytest.raises(LookupError):
-        table.select("attention_decode", dtype, 258)
+        table.select("attention_split", dtype, 258)
 
 
 def test_the_installed_kernels_are_those_of_the_source_tree() -> None:

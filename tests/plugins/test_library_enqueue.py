@@ -29,6 +29,8 @@ from llama_export.bundle import Bundle  # noqa: E402
 from llama_export.ops import OP_SPECS  # noqa: E402
 from llama_export.parity.evaluator import GraphEvaluator  # noqa: E402
 
+LONG_ROW = 2**31 - 1
+"""The width of the norm kernels for any hidden size."""
 CHIPS = (80, 86, 89, 90, 100, 120, 121)
 """Compute capabilities, times ten, that have machine code of their own."""
 
@@ -170,21 +172,26 @@ def calls_of(node: Node, *, aliased: bool = True) -> tuple[PluginLibrary, list[t
     return library, [(call.function, call.during) for call in library.stand_in.calls]
 
 
-@pytest.mark.parametrize("new_tokens", [1, 4])
-def test_kernels_are_loaded_once_and_before_enqueue(new_tokens: int) -> None:
-    node = attention_node(torch.float16, new_tokens=new_tokens, past=(2,), head_dim=64)
+@pytest.mark.parametrize(
+    ("new_tokens", "capacity", "attending"),
+    [
+        (1, 100, ["attention_split"]),  # one piece of the cache
+        (1, 200, ["attention_split", "attention_combine"]),
+        (8, 200, ["attention_split", "attention_combine"]),  # 16 queries: they are few
+        (9, 200, ["attention_prefill"]),
+    ],
+)
+def test_kernels_are_loaded_once_and_before_enqueue(new_tokens: int, capacity: int, attending: list[str]) -> None:
+    node = attention_node(torch.float16, new_tokens=new_tokens, past=(2,), heads=(4, 2), head_dim=64, capacity=capacity)
     library, calls = calls_of(node)
     assert library.stand_in is not None
-    loads = [("cuModuleLoadData", "attachToContext"), ("cuModuleGetFunction", "attachToContext")] * 3
-    launches = [("cuLaunchKernel", "enqueue")] * 2
+    loads = [("cuModuleLoadData", "attachToContext"), ("cuModuleGetFunction", "attachToContext")] * 4
+    launches = [("cuLaunchKernel", "enqueue")] * (1 + len(attending))
     assert [call for call in calls if call[0] != "cuFuncSetAttribute"] == loads + launches
     library.stand_in.calls.clear()
     run(library, node)
     assert [(call.function, call.during) for call in library.stand_in.calls] == launches
-    assert [call.details["kernel"] for call in library.stand_in.calls] == [
-        "rotate_and_append",
-        "attention_decode" if new_tokens == 1 else "attention_prefill",
-    ]
+    assert [call.details["kernel"] for call in library.stand_in.calls] == ["rotate_and_append", *attending]
 
 
 def test_another_context_loads_its_own_kernels() -> None:
@@ -227,6 +234,23 @@ def test_launches_are_what_the_kernels_expect() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("capacity", "keys", "pieces"), [(1024, 128, 8), (1030, 256, 5), (8193, 512, 17)])
+def test_launches_of_a_split_cache(capacity: int, keys: int, pieces: int) -> None:
+    """The pieces follow from the capacity; their results go through the workspace, part after part."""
+    node = attention_node(torch.float32, new_tokens=2, past=(3, 700), heads=(6, 2), head_dim=16, capacity=capacity)
+    library, _ = calls_of(node)
+    assert library.stand_in is not None
+    _, split, combine = library.stand_in.launches()
+    assert split.details["grid"] == (pieces, 2, 2)
+    assert combine.details["grid"] == (2 * 2 * 6, 1, 1)
+    for launch in (split, combine):
+        assert launch.details["arguments"].items() >= {
+            "partial_output": "workspace", "partial_softmax": "workspace", "attn_output": "output 0",
+            "past_length": "input 7", "new_tokens": 2, "num_heads": 6, "capacity": capacity, "head_dim": 16,
+            "num_splits": pieces, "split_keys": keys,
+        }.items()  # fmt: skip
+
+
 def test_much_shared_memory_is_asked_for() -> None:
     node = attention_node(torch.float32, new_tokens=2, past=(2,), head_dim=256)
     library, _ = calls_of(node)
@@ -241,7 +265,7 @@ def test_much_shared_memory_is_asked_for() -> None:
         for image in library.variants["images"]
         if image["compute_capability"] == 89
         and image["dtype"] == "float32"
-        and image["head_dim"] == 256
+        and image["width"] == 256
         and image["kernel"] != "attention_padded"
     }
     assert asked == {kernel: shared for kernel, shared in needed.items() if shared > 48 * 1024}
@@ -315,7 +339,7 @@ except PluginError as err:
 
 
 def chosen_images(compute_capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> list[dict[str, Any]]:
-    """What attachToContext loads on a GPU: append, prefill, decode."""
+    """What attachToContext loads on a GPU."""
     library = PluginLibrary(compute_capability=compute_capability)
     assert library.stand_in is not None
     node = attention_node(dtype, new_tokens=1, past=(1,), head_dim=head_dim)
@@ -341,20 +365,44 @@ def test_every_gpu_gets_code_that_runs_on_it(device: tuple[int, int], chip: int,
     if not set(CHIPS) <= set(PluginLibrary().variants["chips"]):
         pytest.skip("this library was built for fewer chips: LLAMA_EXPORT_CHIPS")
     images = chosen_images(device, torch.float16, 64)
-    assert [image["kernel"] for image in images] == ["rotate_and_append", "attention_prefill", "attention_decode"]
+    assert [image["kernel"] for image in images] == [
+        "rotate_and_append", "attention_prefill", "attention_split", "attention_combine"
+    ]  # fmt: skip
+
     assert {(image["compute_capability"], image["ptx"]) for image in images} == {(chip, ptx)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("head_dim", "padded", "masked"),
-    [(2, 16, True), (16, 16, True), (18, 32, True), (64, 64, False), (66, 128, True), (80, 128, True),
-     (128, 128, False), (130, 256, True), (256, 256, True)],
+    [(2, 64, True), (18, 64, True), (64, 64, False), (66, 128, True), (82, 128, True), (128, 128, False),
+     (130, 256, True), (254, 256, True)],
 )  # fmt: skip
 def test_every_head_dim_gets_the_least_padding(dtype: torch.dtype, head_dim: int, padded: int, masked: bool) -> None:
     for image in chosen_images((8, 9), dtype, head_dim):
-        assert (image["head_dim"], image["masked"]) == (padded, masked)
+        assert (image["width"], image["masked"]) == (padded, masked)
         assert image["dtype"] == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("head_dim", [32, 80, 96, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_usual_head_dims_have_kernels_of_their_own(dtype: torch.dtype, head_dim: int) -> None:
+    for image in chosen_images((8, 9), dtype, head_dim):
+        assert (image["width"], image["masked"]) == (head_dim, False)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "width"),
+    [(1, 256), (256, 256), (257, 1024), (2048, 2048), (4096, 4096), (5120, 8192), (16384, 16384), (16385, LONG_ROW)],
+)
+def test_every_hidden_size_gets_the_shortest_row_that_holds_it(hidden_size: int, width: int) -> None:
+    library, _ = calls_of(norm_node("LlamaAddRMSNorm", torch.bfloat16, 3, hidden_size))
+    assert library.stand_in is not None
+    (launch,) = library.stand_in.launches()
+    assert launch.details["image"]["width"] == width
+    assert launch.details["grid"] == (-(-3 // max(1, 1024 // width)), 1, 1)
+    loads = [call.during for call in library.stand_in.calls if call.function == "cuModuleLoadData"]
+    assert loads == ["attachToContext"]  # the engine has stored the hidden size: nothing is left for the first call
 
 
 def test_a_gpu_older_than_every_kernel_is_named() -> None:
