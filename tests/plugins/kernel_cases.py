@@ -159,7 +159,8 @@ def attention_case(
         caches[0][b, :, :length] = (random(G, length, D) * magnitude).to(dtype)
         caches[1][b, :, :length] = random(G, length, D).to(dtype)
     inputs = (query, key, value, angles.cos(), angles.sin(), *caches, torch.tensor(past))
-    shape = f"past {past} S{S} H{H} G{G} D{D} C{C}{' fused' if fused else ''} x{magnitude:g}"
+    rows = past if B <= 8 else f"of {B} rows"
+    shape = f"past {rows} S{S} H{H} G{G} D{D} C{C}{' fused' if fused else ''} x{magnitude:g}"
     return Case(f"LlamaAttention {_short(dtype)} {shape}", "LlamaAttention", inputs, (H, G, D, float(D) ** -0.5))
 
 
@@ -234,6 +235,8 @@ def cases() -> Iterator[Case]:
             ([40, 0], 1, 20, 1, 64, 300),  # more heads in a group than a tile has rows, and several pieces
             ([1100], 1, 4, 2, 96, 1300),  # longer pieces
             ([9000], 1, 2, 1, 32, 9001),  # the longest
+            ([131071], 1, 1, 1, 32, 131072),  # a long context, full
+            ([b % 7 for b in range(256)], 1, 2, 1, 32, 8),  # a large batch
         ):
             yield attention_case(dtype, *arguments)
         yield attention_case(dtype, [2, 0], 3, 4, 2, 64, 8, fused=True)

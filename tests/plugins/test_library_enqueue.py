@@ -3,12 +3,13 @@ and what it asks of the CUDA driver, when, and what it says when the driver refu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kernel_cases import Case, cases
 from library_support import (
     DTYPES,
     Node,
@@ -24,6 +25,8 @@ from torch import Tensor
 require_plugins()
 
 from llama_export_plugins.harness import Field, PluginError, PluginLibrary, enqueue_ops, run_plugin  # noqa: E402
+from llama_export_plugins.kernels.launch import ops  # noqa: E402
+from llama_export_plugins.kernels.table import KERNELS, Variant  # noqa: E402
 
 from llama_export.bundle import Bundle  # noqa: E402
 from llama_export.ops import OP_SPECS  # noqa: E402
@@ -232,6 +235,31 @@ def test_launches_are_what_the_kernels_expect() -> None:
         "rotated_query": "workspace", "present_key": "input 5", "present_value": "input 6", "past_length": "input 7",
         "attn_output": "output 0", "scale": 0.25, **sizes,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.dtype == torch.float16], ids=lambda case: case.name)
+def test_launches_are_those_of_tritons_own_launcher(library: PluginLibrary, case: Case) -> None:
+    """Same kernels, variants, grids and scalars, in the same order, as the launches in Python make; block and shared memory as
+    compiled, which the stand-in requires of every launch."""
+    assert library.stand_in is not None
+    expected = []
+
+    def record(variant: Variant, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+        named = zip((name for name, _ in KERNELS[variant.kernel].arguments), arguments, strict=True)
+        scalars = {name: value for name, value in named if not isinstance(value, Tensor)}
+        expected.append((variant.kernel, variant.width, variant.masked, grid, pytest.approx(scalars)))
+
+    # Dense, as TensorRT hands them over; `contiguous` leaves the stride of a single token as it was.
+    dense = [tensor.clone(memory_format=torch.contiguous_format) for tensor in case.inputs]
+    ops(record)[case.op](*dense, *case.attributes)
+    library.stand_in.calls.clear()
+    run_plugin(library, case.op, dense, case.attributes)
+    launched = []
+    for details in (call.details for call in library.stand_in.launches()):
+        scalars = {name: value for name, value in details["arguments"].items() if not isinstance(value, str)}
+        image = details["image"]
+        launched.append((details["kernel"], image["width"], image["masked"], details["grid"], scalars))
+    assert launched == expected
 
 
 @pytest.mark.parametrize(("capacity", "keys", "pieces"), [(1024, 128, 8), (1030, 256, 5), (8193, 512, 17)])
