@@ -42,7 +42,7 @@ Ops = Mapping[str, Callable[..., Any]]
 
 def run_cases(ops: Ops, device: str) -> list[dict[str, Any]]:
     """Every case through ``ops``; one row per case, the worst of its outputs. An exception is a failure, not the end."""
-    from kernel_cases import cases, judge
+    from kernel_cases import cases, judge, worst
 
     rows = []
     for case in cases():
@@ -51,11 +51,9 @@ def run_cases(ops: Ops, device: str) -> list[dict[str, Any]]:
             result = ops[case.op](*inputs, *case.attributes)
             if device != "cpu":
                 torch.cuda.synchronize()
-            worst = max(
-                judge(case, result), key=lambda verdict: verdict.share if verdict.share == verdict.share else 1e9
-            )
-            rows.append({"case": case.name, "verdict": "pass" if worst.passed else "fail", "share": worst.share,
-                         "error": worst.error, "output": worst.output})  # fmt: skip
+            found = worst(judge(case, result))
+            rows.append({"case": case.name, "verdict": "pass" if found.passed else "fail", "share": found.share,
+                         "error": found.error, "output": found.output})  # fmt: skip
         except Exception as err:  # noqa: BLE001 - whatever one case raises, the others must still be seen
             rows.append({"case": case.name, "verdict": "fail", "error": f"{type(err).__name__}: {err}"})
     return rows

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in (".", "tests", "tests/plugins")]
 
-from kernel_cases import FLOAT32_LIMIT, NOISE_L2, NOISE_MAX, Verdict, cases, judge  # noqa: E402
+from kernel_cases import FLOAT32_LIMIT, NOISE_L2, NOISE_MAX, Verdict, cases, judge, worst  # noqa: E402
 from llama_export_plugins.harness import enqueue_ops  # noqa: E402
 from llama_export_plugins.kernels.launch import ops  # noqa: E402
 from llama_export_plugins.kernels.loop import run_interpreted  # noqa: E402
@@ -37,9 +37,7 @@ def run(found_ops: Mapping[str, Any]) -> Worst:
     found: Worst = defaultdict(list)
     for case in cases():
         verdicts = judge(case, found_ops[case.op](*case.inputs, *case.attributes))
-        found[case.op, str(case.dtype).removeprefix("torch.")].append(
-            max(verdicts, key=lambda verdict: verdict.share if verdict.passed else float("inf"))
-        )
+        found[case.op, str(case.dtype).removeprefix("torch.")].append(worst(verdicts))
     return found
 
 
@@ -50,11 +48,11 @@ def table(found: Worst) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for (op, dtype), verdicts in sorted(found.items()):
-        worst = max(verdicts, key=lambda verdict: verdict.share)
+        largest = worst(verdicts)
         failed = sum(not verdict.passed for verdict in verdicts)
-        place = worst.case.removeprefix(f"{op} {dtype} ")
+        place = largest.case.removeprefix(f"{op} {dtype} ")
         lines.append(
-            f"| {op} | {dtype} | {len(verdicts)} | {failed} | {worst.share:.2f} | {place} | {worst.error:.1e} |"
+            f"| {op} | {dtype} | {len(verdicts)} | {failed} | {largest.share:.2f} | {place} | {largest.error:.1e} |"
         )
     return lines
 

@@ -68,7 +68,7 @@ def _interpreter() -> Iterator[None]:
 
 
 def run_interpreted(
-    kernel: str, grid: tuple[int, int, int], arguments: Sequence[Any], constexprs: Mapping[str, int | bool]
+    kernel: str, grid: tuple[int, int, int], arguments: Sequence[Any], constexprs: Mapping[str, int]
 ) -> None:
     """One launch.
 

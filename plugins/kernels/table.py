@@ -131,7 +131,7 @@ class Variant:
     """Attention: head_dim. Norms: hidden_size."""
     masked: bool
     """Whether it serves every (attention: even) width up to this one, or this one alone."""
-    constexprs: dict[str, int | bool]
+    constexprs: dict[str, int]
     num_warps: int
     num_stages: int
 
@@ -172,7 +172,7 @@ def variants() -> Iterator[Variant]:
         heads += [(head_dim, True) for head_dim in PADDED_HEAD_DIMS]
         for head_dim, masked in heads:
             padded = 1 << (head_dim - 1).bit_length()
-            head: dict[str, int | bool] = {"HEAD_DIM": padded, "WIDTH": 0 if masked else head_dim}
+            head: dict[str, int] = {"HEAD_DIM": padded, "WIDTH": 0 if masked else head_dim}
             turn = {**head, "HEADS": 8}
             yield Variant("rotate_and_append", dtype, head_dim, masked, turn, num_warps=4, num_stages=2)
             for kernel in ("attention_prefill", "attention_split", "attention_padded"):

@@ -1,5 +1,6 @@
 #include "attention_parameters.h"
 
+#include "launch.h"
 #include "shapes.h"
 
 #include <cmath>
@@ -11,7 +12,6 @@ using namespace nvinfer1;
 
 namespace
 {
-constexpr int64_t kMAX_GRID_YZ = 65535; //!< CUDA's limit of the second and third grid dimension
 //! Of one tensor. No device holds so many, and byte counts of a few such tensors stay within 63 bits.
 constexpr int64_t kMAX_ELEMENTS = int64_t{1} << 50;
 } // namespace
@@ -77,12 +77,12 @@ bool checkAttentionLimits(
     constexpr int64_t kMAX_INT32 = std::numeric_limits<int32_t>::max();
     int64_t const queryWidth = static_cast<int64_t>(parameters.num_heads) * parameters.head_dim;
     int64_t const groupSize = parameters.num_heads / parameters.num_kv_heads;
-    int64_t const cacheOfHead = capacity > 0 && capacity <= kMAX_INT32 ? capacity * parameters.head_dim : capacity;
     return checkLimit(plugin, "the batch", batch, kMAX_GRID_YZ)
         && checkLimit(plugin, "num_kv_heads", parameters.num_kv_heads, kMAX_GRID_YZ)
         && checkLimit(plugin, "num_heads * head_dim", queryWidth, kMAX_INT32)
         && checkLimit(plugin, "the KV-cache capacity", capacity, kMAX_INT32)
-        && checkLimit(plugin, "the KV-cache capacity * head_dim", cacheOfHead, kMAX_INT32)
+        && checkLimit(plugin, "the KV-cache capacity * head_dim", productOf({capacity, parameters.head_dim}),
+            kMAX_INT32)
         && checkLimit(plugin, "batch * new tokens", productOf({batch, tokens}), kMAX_INT32)
         && checkLimit(plugin, "new tokens * heads in a group", productOf({tokens, groupSize}), kMAX_INT32)
         && checkLimit(plugin, "the number of elements of the query", productOf({batch, tokens, queryWidth}), kMAX_ELEMENTS)

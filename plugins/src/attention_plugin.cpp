@@ -3,7 +3,6 @@
 #include "shapes.h"
 
 #include <algorithm>
-#include <limits>
 
 namespace llama_export
 {
@@ -41,7 +40,7 @@ struct AttentionPlugin::Sizes
 
 //! Rotated query T [B, S, H*D], then of the pieces of a split cache: partial_output float32 [B, S, H, pieces, D] and
 //! partial_softmax float32 [B, S, H, pieces, 2]; each part aligned.
-struct AttentionPlugin::Workspace
+struct AttentionPlugin::Workspace : WorkspaceParts
 {
     //! `splitTokens`: as many of the new tokens as a split serves; 0 where there is none.
     Workspace(AttentionParameters const& parameters, Sizes const& sizes, int64_t splitTokens, int64_t elementBytes) noexcept
@@ -54,17 +53,9 @@ struct AttentionPlugin::Workspace
         bytes = partialSoftmax + padded(pieces * 2 * kFLOAT_BYTES);
     }
 
-    //! Address of the part that begins `offset` bytes into the workspace.
-    CUdeviceptr at(int64_t offset) const noexcept
-    {
-        return deviceAddress(start) + static_cast<CUdeviceptr>(offset);
-    }
-
-    void* start{};
     int64_t rotatedQuery{0}; //!< offsets, in bytes
     int64_t partialOutput;
     int64_t partialSoftmax;
-    int64_t bytes; //!< of the whole
 };
 
 void AttentionPlugin::read(FieldReader& reader, AttentionParameters& parameters) noexcept
@@ -97,7 +88,6 @@ bool AttentionPlugin::isSplit(int64_t newTokens) const noexcept
 //! Of the grids of the two kernels, where the cache is split.
 bool AttentionPlugin::checkSplitLimits(int64_t batch, int64_t newTokens, int64_t capacity) const noexcept
 {
-    constexpr int64_t kMAX_GRID_X = std::numeric_limits<int32_t>::max();
     int64_t const groupSize = mParameters.num_heads / mParameters.num_kv_heads;
     return checkLimit(kNAME, "batch * new tokens * num_heads", productOf({batch, newTokens, mParameters.num_heads}),
                kMAX_GRID_X)
@@ -166,8 +156,7 @@ bool AttentionPlugin::checkShapes(Dims const* inputs) const noexcept
     };
     return checkExpectedShapes(kNAME, inputs, expected, sizeof expected / sizeof expected[0])
         && checkAttentionLimits(kNAME, mParameters, batch, newTokens, capacity)
-        && (!isSplit(newTokens)
-            || checkSplitLimits(batch, newTokens, capacity));
+        && (!isSplit(newTokens) || checkSplitLimits(batch, newTokens, capacity));
 }
 
 int32_t AttentionPlugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const* /*shapeInputs*/,

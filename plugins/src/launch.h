@@ -8,6 +8,10 @@
 
 namespace llama_export
 {
+//! CUDA's limits of a grid.
+constexpr int64_t kMAX_GRID_X = 0x7fffffff;
+constexpr int64_t kMAX_GRID_YZ = 65535;
+
 struct Grid
 {
     int64_t x;
@@ -32,6 +36,19 @@ inline CUdeviceptr deviceAddress(void const* pointer) noexcept
     return reinterpret_cast<CUdeviceptr>(pointer);
 }
 
+//! Scratch memory that TensorRT lends for one call; who derives from it says which part begins where.
+struct WorkspaceParts
+{
+    //! Address of the part that begins `offset` bytes into the workspace.
+    CUdeviceptr at(int64_t offset) const noexcept
+    {
+        return deviceAddress(start) + static_cast<CUdeviceptr>(offset);
+    }
+
+    void* start{};
+    int64_t bytes{}; //!< of the whole
+};
+
 //! Puts the kernel on the stream. Neither allocates nor waits, so it may be captured into a CUDA graph.
 template <class Arguments>
 bool launch(char const* plugin, LoadedKernel const& kernel, Grid const& grid, Arguments& arguments,
@@ -43,8 +60,7 @@ bool launch(char const* plugin, LoadedKernel const& kernel, Grid const& grid, Ar
     {
         return false;
     }
-    constexpr int64_t kMAX_GRID_X = 0x7fffffff; // CUDA's limits; the casts below would wrap a larger one to a legal one
-    constexpr int64_t kMAX_GRID_YZ = 65535;
+    // The casts below would wrap a grid that is too large to a legal one.
     if (grid.x < 1 || grid.x > kMAX_GRID_X || grid.y < 1 || grid.y > kMAX_GRID_YZ || grid.z < 1 || grid.z > kMAX_GRID_YZ)
     {
         reportError(plugin,

@@ -8,7 +8,7 @@ namespace llama_export
 using namespace nvinfer1;
 
 //! Rotated query [B, S, H*D], rotated key and value [B, G, S, D], past_length int64 [B] of zeros; each part aligned.
-struct MaskedAttentionPlugin::Workspace
+struct MaskedAttentionPlugin::Workspace : WorkspaceParts
 {
     Workspace(AttentionParameters const& parameters, int64_t batch, int64_t tokens, int64_t elementBytes) noexcept
     {
@@ -19,18 +19,10 @@ struct MaskedAttentionPlugin::Workspace
         bytes = pastLength + padded(batch * static_cast<int64_t>(sizeof(int64_t)));
     }
 
-    //! Address of the part that begins `offset` bytes into the workspace.
-    CUdeviceptr at(int64_t offset) const noexcept
-    {
-        return deviceAddress(start) + static_cast<CUdeviceptr>(offset);
-    }
-
-    void* start{};
     int64_t query{0}; //!< offsets, in bytes
     int64_t key;
     int64_t value;
     int64_t pastLength;
-    int64_t bytes; //!< of the whole
 };
 
 void MaskedAttentionPlugin::read(FieldReader& reader, AttentionParameters& parameters) noexcept

@@ -14,6 +14,7 @@
 //!   - after onShapeChange has accepted, enqueue puts only kernels, copies and grids on the stream that the driver takes.
 
 #include "checking_driver.h"
+#include "symbolic_dimension.h"
 #include "tensorrt_plugin_abi.h"
 
 #include <algorithm>
@@ -31,6 +32,8 @@
 
 using namespace nvinfer1;
 using checking::fail;
+using testing_support::Dimension;
+using testing_support::NoExpressions;
 
 extern "C"
 {
@@ -784,45 +787,6 @@ std::vector<DynamicPluginTensorDesc> dynamicOf(std::vector<PluginTensorDesc> con
 }
 
 // ---- the calls ----------------------------------------------------------------------------------------------------
-
-//! A dimension as the builder sees it. What TensorRT answers for the value of a symbolic one is not a number to use.
-class Dimension final : public IDimensionExpr
-{
-public:
-    Dimension() noexcept
-    {
-        mImpl = &mValue;
-    }
-    void set(int64_t value, bool isConstant) noexcept
-    {
-        mValue.value = isConstant ? value : kMIN64;
-        mValue.isKnown = isConstant;
-    }
-
-private:
-    struct Value final : apiv::VDimensionExpr
-    {
-        int64_t value{};
-        bool isKnown{};
-        bool isConstant() const override
-        {
-            return isKnown;
-        }
-        int64_t getConstantValue() const override
-        {
-            return value;
-        }
-        bool isSizeTensor() const override
-        {
-            return false;
-        }
-    };
-    Value mValue;
-};
-
-class NoExpressions final : public IExprBuilder
-{
-};
 
 Plugin create(Op const& op, Fields& fields, TensorRTPhase phase)
 {

@@ -2,9 +2,12 @@
 //! The calls that TensorRT makes of a plugin, one C function for each, so that Python can make them (harness.py).
 //! Structures cross as TensorRT lays them out (tensorrt_plugin_abi.h); plugins are opaque pointers.
 
+#include "symbolic_dimension.h"
 #include "tensorrt_plugin_abi.h"
 
 using namespace nvinfer1;
+using testing_support::Dimension;
+using testing_support::NoExpressions;
 
 namespace
 {
@@ -27,50 +30,6 @@ IPluginV3OneRuntime& runtimeOf(IPluginV3* plugin) noexcept
 {
     return *static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
 }
-
-//! A dimension as the builder sees it: symbolic where the profile leaves it open, though this driver knows its value.
-class Dimension final : public IDimensionExpr
-{
-public:
-    Dimension() noexcept
-    {
-        mImpl = &mValue;
-    }
-    void set(int64_t value, bool isConstant) noexcept
-    {
-        mValue.value = value;
-        mValue.isKnown = isConstant;
-    }
-    int64_t value() const noexcept
-    {
-        return mValue.value;
-    }
-
-private:
-    struct Value final : apiv::VDimensionExpr
-    {
-        int64_t value{};
-        bool isKnown{};
-        bool isConstant() const override
-        {
-            return isKnown;
-        }
-        int64_t getConstantValue() const override
-        {
-            return isKnown ? value : -1;
-        }
-        bool isSizeTensor() const override
-        {
-            return false;
-        }
-    };
-    Value mValue;
-};
-
-//! No plugin of ours computes with dimensions.
-class NoExpressions final : public IExprBuilder
-{
-};
 
 using LogCallback = void (*)(int32_t severity, char const* message);
 
