@@ -1,7 +1,5 @@
 """``python -m llama_export``"""
 
-import sys
+from llama_export.cli import entry_point
 
-from llama_export.cli import main
-
-sys.exit(main())
+entry_point()

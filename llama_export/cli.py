@@ -6,6 +6,7 @@ error. Heavy packages are imported by the command that needs them, so ``--help``
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import errno
@@ -18,11 +19,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from llama_export import __version__
+from llama_export._process import collector_paused
 from llama_export.config import BACKENDS, DTYPES, TASKS, EngineConfig, ExportConfig
 from llama_export.errors import ConfigError, LlamaExportError, ShapeError, ToolchainError
 
@@ -85,7 +87,8 @@ def export(
     allow_config_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT (a Hugging Face folder) to ONNX, weights by reference."""
-    from llama_export.export import export_checkpoint
+    with collector_paused():  # the imports, too, make many objects and no garbage
+        from llama_export.export import export_checkpoint
 
     config = ExportConfig(
         task=task,
@@ -588,6 +591,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report_error(_error_from_os(err), arguments)
     except Exception as err:  # noqa: BLE001 - the last resort that gives bugs their own exit code
         return _report_bug(err, arguments)
+
+
+def entry_point() -> NoReturn:
+    """The console script: :func:`main`, then the end of the process without Python's own.
+
+    That would take a second or two, after an export, to take torch's modules apart object by object.
+    """
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):  # its reader is gone: nothing is left to say
+                stream.flush()
+    atexit._run_exitfuncs()  # temporary folders, loggers
+    os._exit(code)
 
 
 _USER_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)

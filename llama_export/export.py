@@ -34,8 +34,9 @@ The heads without a cache (S is ``num_tokens``, K ``num_labels``, E ``hidden_siz
 from __future__ import annotations
 
 import contextlib
-import gc
+import dataclasses
 import logging
+import re
 import time
 import warnings
 from collections import Counter
@@ -44,7 +45,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_export._process import peak_rss_bytes
+from llama_export._process import collector_paused, peak_rss_bytes
 from llama_export.bundle import (
     MANIFEST_NAME,
     MODEL_NAME,
@@ -71,6 +72,7 @@ try:
     from llama_export import ops
     from llama_export.model import MODEL_CLASSES, LlamaForCausalLM
     from llama_export.model.rope import rope_buffers
+    from llama_export.repeat import TRACED_LAYERS, repeat_last_layer
 except ModuleNotFoundError as err:
     raise MissingDependencyError(err.name or "torch", "export") from err
 
@@ -131,8 +133,8 @@ def export_checkpoint(
     if checkpoint.dropped:
         log(f"export: {len(checkpoint.dropped)} stored tensors that {task} does not use: {_listed(checkpoint.dropped)}")
 
-    with _collector_paused():
-        graph = graph_from_program(trace_program(llama, dtype, task), llama, task)
+    with collector_paused():
+        graph = decoder_graph(llama, dtype, task)
     models = {
         "standard": (MODEL_NAME, dtype, model_proto(graph, checkpoint, dtype, "standard")),
         # onnxruntime's CPU provider has no bfloat16 kernels and computes float16 in float32: its file is float32.
@@ -188,6 +190,21 @@ def _listed(names: Sequence[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def decoder_graph(config: LlamaConfig, dtype: str, task: Task) -> ir.Model:
+    """The ONNX graph of a model of any depth, from a trace of its first layers; no weights yet.
+
+    Raises:
+        ExportError: see :func:`graph_from_program`.
+    """
+    shallow = dataclasses.replace(config, num_hidden_layers=min(config.num_hidden_layers, TRACED_LAYERS))
+    graph = graph_from_program(trace_program(shallow, dtype, task), shallow, task)
+    if shallow.num_hidden_layers == config.num_hidden_layers:
+        return graph
+    graph = repeat_last_layer(graph, config.num_hidden_layers)
+    _check_counts(graph.graph, config, task)
+    return graph
+
+
 def trace_program(config: LlamaConfig, dtype: str, task: Task = "causal-lm") -> torch.export.ExportedProgram:
     """Traces the reference; batch, tokens, wanted positions and capacity are symbols.
 
@@ -237,6 +254,7 @@ def graph_from_program(program: torch.export.ExportedProgram, config: LlamaConfi
         raise ExportError("torch.onnx.export returned nothing", hint=_REPORT)
     model: ir.Model = converted.model
     _name_nodes(model.graph)
+    _name_values(model.graph)
     _name_dimensions(model.graph, task)
     _share_tied_embedding(model.graph, config)
     for name, values in rope_buffers(config).items():
@@ -267,6 +285,33 @@ def _name_nodes(graph: ir.Graph) -> None:
         value.doc_string = None
     graph.metadata_props.clear()
     graph.name, graph.doc_string = "llama", None
+
+
+def _name_values(graph: ir.Graph) -> None:
+    """``model.layers.1.mlp/silu`` instead of ``silu_1``: the module, and what the tracer calls the result.
+
+    The results of our ops have the names of the op's outputs; what the conversion to ONNX added is named after its node.
+    Inputs and outputs of the graph keep the names of the contract.
+    """
+    taken: Counter[str] = Counter()
+    outputs = set(graph.outputs)
+    for node in graph:
+        spec = ops.OP_SPECS.get(node.op_type) if node.domain == ops.DOMAIN else None
+        for slot, value in enumerate(node.outputs):
+            if value in outputs:
+                continue
+            traced = _NUMBERED.sub("", value.name or "")
+            if spec is None and traced == _CONVERTER_VALUE:
+                value.name = node.name
+                continue
+            name = f"{str(node.name).partition('/')[0]}/{traced if spec is None else spec.outputs[slot].name}"
+            value.name = f"{name}.{taken[name]}" if taken[name] else name
+            taken[name] += 1
+
+
+_NUMBERED = re.compile(r"_\d+$")
+_CONVERTER_VALUE = "val"
+"""What ``torch.onnx`` calls a value, before its number, that no operator of the trace has computed."""
 
 
 def _parse_scopes(text: str) -> list[str]:
@@ -447,18 +492,6 @@ def io_table(proto: onnx.ModelProto) -> list[Mapping[str, Any]]:
                 }
             )
     return table
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Tracing makes millions of small objects and few cycles: the collector took 0.8 of 6 s at 12 layers, for 15 MB."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager

@@ -162,7 +162,7 @@ FAULTS: dict[str, Callable[[onnx.ModelProto], None]] = {
     "cos and sin swapped": lambda m: swap(node_of(m, ATTENTION).input, 3, 4),
     "key and value swapped": lambda m: swap(node_of(m, ATTENTION).input, 1, 2),
     "the other layer's cache": lambda m: node_of(m, ATTENTION).input.__setitem__(5, "past_key_values.0.key"),
-    "residual dropped": lambda m: node_of(m, NORM).input.__setitem__(1, "embedding"),
+    "residual dropped": lambda m: node_of(m, NORM).input.__setitem__(1, "model.embed_tokens/embedding"),
     "norm weights swapped": lambda m: swap_weights(
         m, "model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"
     ),
@@ -345,8 +345,16 @@ def test_a_16_bit_evaluation_keeps_what_the_graph_computes_in_float32(
     outputs = evaluator.run(random_feeds(), observe=lambda tensor, value: seen.__setitem__(tensor, value.dtype))
     graph = onnx.load(str(tiny_bundles[name].model_path), load_external_data=False).graph
     (angles,) = {node.input[0] for node in graph.node if node.op_type in ("Cos", "Sin")}
-    assert {seen[tensor] for tensor in ("cos", "sin", angles)} == {torch.float32}
-    assert {seen[tensor] for tensor in ("embedding", "linear", "getitem", "present.1.key", "linear_14")} == {dtype}
+    assert {seen[tensor] for tensor in ("model.rotary_emb/cos", "model.rotary_emb/sin", angles)} == {torch.float32}
+    layer = "model.layers.0.self_attn"
+    hidden = (
+        "model.embed_tokens/embedding",
+        f"{layer}.q_proj/linear",
+        f"{layer}/attn_output",
+        "present.1.key",
+        "lm_head/linear",
+    )
+    assert {seen[tensor] for tensor in hidden} == {dtype}
     assert outputs["logits"].dtype == torch.float32
     assert set(seen.values()) == {torch.float32, torch.int64, dtype}
 

@@ -295,7 +295,7 @@ def test_files_hold_no_path_and_no_trace_of_this_machine(
     stored_exports: dict[str, tuple[ExportResult, Path]], tiny_bundles: dict[str, Bundle]
 ) -> None:
     folders = [folder for _, folder in stored_exports.values()] + [bundle.folder for bundle in tiny_bundles.values()]
-    words = {"site-packages", ".py", "/home", "/root", "/tmp", "/work", "\\", str(Path.home()), str(Path.cwd())}
+    words = {"site-packages", ".py", "/home", "/root", "/tmp", "/work", ":\\", str(Path.home()), str(Path.cwd())}
     user = os.environ.get("USER", "")
     words |= {user} if len(user) > 3 else set()
     for folder in folders:

@@ -10,6 +10,7 @@ ones, widened, and constants are float32 values, as in the graph); at 16 bits, w
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import onnx
 import torch
 from torch import Tensor, fx
 
+from llama_export import ops
 from llama_export.checkpoint import Checkpoint
 from llama_export.config import Task, float32_value
 from llama_export.export import trace_program
@@ -116,21 +118,26 @@ class ReferenceProgram:
     def names_in(self, graph: onnx.GraphProto) -> dict[str, str]:
         """Value name here -> tensor name in an exported graph.
 
-        Both keep, for every value, the module it was computed in and what computed it, so the second ``linear`` of a
-        module here is the second one there. Graph outputs keep their names. Tensors that the conversion to ONNX added
-        (``val_7``) have no counterpart and are left out.
+        The export names a tensor after its module and what the tracer calls the result; the second ``linear`` of a module
+        is ``MODULE/linear.1``. Graph outputs have their own names. Tensors that the conversion to ONNX added (named after
+        their node) have no counterpart and are left out.
         """
-        ours = _keyed((_module(node), self._name(node)) for node in self._nodes)
-        theirs = _keyed((_scope(node.name), name) for node in graph.node for name in node.output)
-        found = {ours[key]: theirs[key] for key in ours.keys() & theirs.keys()}
+        seen: Counter[str] = Counter()
+        found = {}
+        for node in self._nodes:
+            label = _label(node)
+            if label is not None and node.name not in self._results:
+                name = f"{_module(node)}/{label}"
+                found[node.name] = f"{name}.{seen[name]}" if seen[name] else name
+                seen[name] += 1
         makers = {name: node for node in graph.node for name in node.output}
         for node in self._nodes:
-            inner, outer = _inner(node), found.get(self._name(node))
+            inner, outer = _inner(node), makers.get(found.get(node.name, self._name(node)))
             if inner and outer:
-                read = [name for name in makers[outer].input if name in makers]
+                read = [name for name in outer.input if name in makers]
                 found |= {f"{self._name(node)}/inner": name for name in read if makers[name].op_type == inner[0]}
-        written = {name for node in graph.node for name in node.output}
-        return {**found, **{name: name for name in self.outputs if name in written}}
+        found |= {name: name for name in self.outputs}
+        return {ours: theirs for ours, theirs in found.items() if theirs in makers}
 
 
 def _inner(node: fx.Node) -> tuple[str, Callable[..., Tensor]] | None:
@@ -165,17 +172,19 @@ def _module(node: fx.Node) -> str:
     return paths[-1] if paths else "model"
 
 
-def _scope(node_name: str) -> str:
-    return node_name.partition("/")[0]
+def _label(node: fx.Node) -> str | None:
+    """What a traced value is called after its module: the tracer's word, or the name of our op's output.
+
+    None for the results of an op taken together, which the trace then takes apart.
+    """
+    taken_apart = node.target is operator.getitem
+    maker, slot = (node.args[0], node.args[1]) if taken_apart else (node, 0)
+    spec = _SPECS.get(str(getattr(maker, "target", "")))
+    if spec is not None:
+        return spec.outputs[int(slot)].name if taken_apart or len(spec.outputs) == 1 else None  # type: ignore[arg-type]
+    word = re.sub(r"_\d+$", "", node.name)
+    return {"to": "_to_copy"}.get(word, word)
 
 
-def _keyed(values: Iterator[tuple[str, str]] | Any) -> dict[tuple[str, str, int], str]:
-    """(module, what it is, how many of these the module had before) -> name, for values the tracer named."""
-    seen: Counter[tuple[str, str]] = Counter()
-    found = {}
-    for module, name in values:
-        base = re.sub(r"_\d+$", "", name)
-        base = {"to": "_to_copy"}.get(base, base)
-        found[module, base, seen[module, base]] = name
-        seen[module, base] += 1
-    return found
+_SPECS = {f"{ops.DOMAIN}.{spec.torch_name}.default": spec for spec in ops.OP_SPECS.values()}
+"""The tracer's name of our ops -> what they are."""
