@@ -18,13 +18,9 @@ The second table is the export: wall time and peak resident memory of one whole 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
-import importlib.metadata
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -39,6 +35,19 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+from exporters import (
+    GENAI_BUILDER_NEEDS,
+    export_command,
+    genai_builder_command,
+    missing_in,
+    not_installed,
+    optimum_command,
+    reason,
+    version,
+    version_in,
+    write_tokenizer,
+)
+from processes import log, machine, measure_process
 from random_llama import write_random_checkpoint
 
 SCHEMA_VERSION = 1
@@ -50,8 +59,6 @@ MODEL: dict[str, object] = {
 BASELINE = "llama_export"
 EXPORT_TARGET = {"seconds": 10.0, "peak_rss_gb": 0.9}
 """What one export of this model in place may cost."""
-OPTIMUM = "optimum-onnx==0.1.0"
-"""Needs an older transformers than the other engines, so it is not in ``requirements.txt``."""
 PREFIX_TOKENS = 16
 """Generated tokens on which the engines should agree."""
 
@@ -96,7 +103,7 @@ class Engine(ABC):
 
     def missing(self) -> list[str]:
         """Distributions that are not installed."""
-        return [name for name in self.distributions if _version(name) is None]
+        return [name for name in self.distributions if version(name) is None]
 
     @abstractmethod
     def prepare(self, checkpoint: Path, work: Path) -> None:
@@ -141,13 +148,13 @@ class GenAIEngine(Engine):
     """onnxruntime-genai on the model of its own builder."""
 
     name = "onnxruntime-genai"
-    distributions = ("onnxruntime-genai", "transformers", "torch", "onnx-ir")
+    distributions = GENAI_BUILDER_NEEDS
     note = "`og.Generator`; cache shared between past and present"
 
     def prepare(self, checkpoint: Path, work: Path) -> None:
         folder = work / "onnxruntime-genai"
         if not (folder / "genai_config.json").exists():
-            subprocess.run(genai_builder_command(checkpoint, folder, work), check=True, capture_output=True)
+            subprocess.run(genai_builder_command(checkpoint, folder, work / "cache"), check=True, capture_output=True)
 
     def load(self, checkpoint: Path, work: Path, workload: Workload) -> None:
         import onnxruntime_genai as og
@@ -278,42 +285,7 @@ ENGINES: dict[str, type[Engine]] = {
 }
 
 
-def pinned_requirements() -> dict[str, str]:
-    """Distribution -> requirement, as pinned in ``requirements.txt`` beside this file."""
-    lines = (Path(__file__).parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    wanted = [line.split("#")[0].strip() for line in lines]
-    return {line.split("==")[0]: line for line in [*wanted, OPTIMUM] if "==" in line}
-
-
-def not_installed(distributions: Sequence[str]) -> dict[str, Any]:
-    """The result of an engine that is absent, with the pip command that installs the pinned versions."""
-    pinned = pinned_requirements()
-    command = "pip install " + " ".join(pinned.get(name, name) for name in distributions)
-    return {"not_installed": list(distributions), "install": command}
-
-
 # --- The inputs of the engines ---------------------------------------------------------------------------------------
-
-
-def write_tokenizer(folder: Path) -> None:
-    """One word per id. Nothing is tokenized here, but onnxruntime-genai's builder wants a tokenizer in the folder."""
-    words = ["<unk>", "<s>", "</s>", *(f"t{index}" for index in range(3, int(str(MODEL["vocab_size"]))))]
-    no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = [{"id": index, "content": word, "special": True, **no} for index, word in enumerate(words[:3])]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
-    }  # fmt: skip
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": "<unk>",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def interleave_rope_pairs(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
@@ -373,7 +345,7 @@ def prepare_checkpoint(work: Path) -> Path:
     done = folder / "tokenizer_config.json"
     if not done.exists():
         write_random_checkpoint(folder, MODEL)
-        write_tokenizer(folder)
+        write_tokenizer(folder, int(str(MODEL["vocab_size"])))
     return folder
 
 
@@ -448,53 +420,6 @@ def agreement(tokens: Sequence[int], baseline: Sequence[int]) -> int:
 # --- Export cost -----------------------------------------------------------------------------------------------------
 
 
-def export_command(checkpoint: Path) -> list[str]:
-    """The project's own export, in place."""
-    return [sys.executable, "-m", "llama_export", "export", str(checkpoint), "--force"]
-
-
-def genai_builder_command(checkpoint: Path, output: Path, work: Path) -> list[str]:
-    """onnxruntime-genai's model builder, float32 for a CPU."""
-    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    return [*builder, "-i", str(checkpoint), "-o", str(output), "-p", "fp32", "-e", "cpu", "-c", str(work / "cache")]
-
-
-def optimum_command(python: str, checkpoint: Path, output: Path) -> list[str]:
-    """optimum-onnx's exporter, with a key/value cache."""
-    export = [python, "-m", "optimum.commands.optimum_cli", "export", "onnx"]
-    return [*export, "--model", str(checkpoint), "--task", "text-generation-with-past", str(output)]
-
-
-_LAUNCHER = """
-import json, os, subprocess, sys, time
-start = time.perf_counter()
-process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
-_, status, usage = os.wait4(process.pid, 0)
-cpu = usage.ru_utime + usage.ru_stime
-print(json.dumps([time.perf_counter() - start, cpu, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]))
-"""
-
-
-def measure_process(command: Sequence[str]) -> dict[str, float]:
-    """Wall and CPU seconds and peak resident memory of one whole process, imports included.
-
-    Linux counts the memory of the process that forks in the peak of its child, even after the child's exec. So a small
-    launcher starts the command: this process may be large by now.
-
-    Raises:
-        RuntimeError: it failed; with the end of its output.
-    """
-    launcher = [sys.executable, "-S", "-c", _LAUNCHER, *command]
-    done = subprocess.run(launcher, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        raise RuntimeError(f"cannot run {command[0]}: {done.stderr.strip()[-400:]}")
-    seconds, cpu, peak, code = json.loads(done.stdout)
-    if code:
-        raise RuntimeError(f"exit code {code}: {done.stderr.strip()[-400:]}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_rss_gb": round(peak * unit / 1e9, 3)}
-
-
 def measure_exports(checkpoint: Path, work: Path, runs: int, optimum_python: str) -> dict[str, Any]:
     """Name -> medians of seconds and peak memory, or why there are none; runs are interleaved.
 
@@ -504,12 +429,12 @@ def measure_exports(checkpoint: Path, work: Path, runs: int, optimum_python: str
         runs: of each exporter.
         optimum_python: interpreter of the environment that holds optimum-onnx.
     """
-    genai = genai_builder_command(checkpoint, work / "export-genai", work)
+    genai = genai_builder_command(checkpoint, work / "export-genai", work / "cache")
     optimum = optimum_command(optimum_python, checkpoint, work / "export-optimum")
     tools: dict[str, tuple[list[str], list[str]]] = {
         BASELINE: (LlamaExportEngine().missing(), export_command(checkpoint)),
         "onnxruntime-genai builder": (GenAIEngine().missing(), genai),
-        "optimum-onnx": ([] if version_in(optimum_python, "optimum-onnx") else ["optimum-onnx"], optimum),
+        "optimum-onnx": (missing_in(optimum_python, ["optimum-onnx"]), optimum),
     }
     results: dict[str, Any] = {}
     for index in range(runs):
@@ -535,23 +460,6 @@ def measure_exports(checkpoint: Path, work: Path, runs: int, optimum_python: str
 
 
 # --- Report ----------------------------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    """CPU model, cores, memory and load, as far as this platform tells."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "memory_gb": round(memory / 1e9, 1),
-        "load_average_1min": round(os.getloadavg()[0], 2),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-    }
 
 
 def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -612,7 +520,7 @@ def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for name, result in report["decode"].items():
         if "runs" not in result:
-            yield f"| {name} | {_reason(result)} | | | | | | |"
+            yield f"| {name} | {reason(result)} | | | | | | |"
             continue
         prefill, decode, cpu = (result[key] for key in ("prefill_seconds", "decode_tokens_per_second", "cpu_seconds"))
         ratios = f"{result['decode_ratio']:.2f} | {result['prefill_ratio']:.2f}" if "decode_ratio" in result else " | "
@@ -628,7 +536,7 @@ def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield "|---|---|---|---|---|"
         for name, result in report["export"].items():
             if "seconds" not in result:
-                yield f"| {name} | {_reason(result)} | | | |"
+                yield f"| {name} | {reason(result)} | | | |"
                 continue
             target = result.get("target")
             verdict = ""
@@ -637,33 +545,6 @@ def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
                 verdict += f": target {target['seconds']:.0f} s, {target['peak_rss_gb']} GB"
             seconds, cpu = result["seconds"], result["cpu_seconds"]
             yield f"| {name} | {seconds:.1f} | {cpu:.1f} | {result['peak_rss_gb']:.2f} | {verdict} |"
-
-
-def _reason(result: Mapping[str, Any]) -> str:
-    if "not_installed" in result:
-        return f"not installed: `{result['install']}`"
-    return "failed: " + " ".join(result["failed"].split()).replace("|", "/")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def version_in(python: str, distribution: str) -> str | None:
-    """Version of a distribution in another interpreter's environment; None if it is not there."""
-    if python == sys.executable:
-        return _version(distribution)
-    code = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
-    done = subprocess.run([python, "-c", code, distribution], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
-
-
-def log(line: str) -> None:
-    """Progress; stdout holds only the report."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -712,7 +593,7 @@ def main() -> int:
     from llama_export.checkpoint import load_checkpoint
 
     packages = dict.fromkeys(item for engine in ENGINES.values() for item in engine.distributions)
-    versions = {name: _version(name) for name in packages}
+    versions = {name: version(name) for name in packages}
     versions["optimum-onnx"] = version_in(args.optimum_python, "optimum-onnx")
     decode = summarize({name: results[name] for name in names})
     export = {} if args.no_export else measure_exports(checkpoint, args.work, args.export_runs, args.optimum_python)

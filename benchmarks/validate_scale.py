@@ -20,7 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from decode_speed import MODEL, machine, measure_process
+from decode_speed import MODEL
+from processes import machine, measure_process
 from published_configs import PUBLISHED
 from random_llama import write_random_checkpoint
 
