@@ -6,7 +6,8 @@
     config.json, tokenizer   the checkpoint's own
     model.onnx               the graph with standard function bodies; weights point into the safetensors files
     model.onnxruntime.onnx   the same graph for our own onnxruntime session
-    *.safetensors            the checkpoint's own files (the very same ones, reflinks, hard links or copies)
+    *.safetensors            the checkpoint's own files (the very same ones, reflinks, hard links, copies or converted);
+                             none in another folder where the ONNX files hold the weights themselves (``embed``)
     engines/, report/        made later by ``build`` and ``validate``
 
 Role: written once by :mod:`llama_export.export`, opened by everything after it. Needs neither torch nor onnx.
@@ -28,7 +29,16 @@ from pathlib import Path
 from typing import Any
 
 from llama_export import __version__
-from llama_export.checkpoint import INDEX_NAME, TOKENIZER_FILES, Checkpoint, WeightFile, read_safetensors_header
+from llama_export._commit import COMMIT_NAME, UnfinishedCommitError, commit, finish_commit, replace_folder, sync
+from llama_export._files import is_plain_name, leads_out, open_regular
+from llama_export.checkpoint import (
+    INDEX_NAME,
+    TOKENIZER_FILES,
+    Checkpoint,
+    WeightFile,
+    check_files,
+    read_safetensors_header,
+)
 from llama_export.config import (
     DTYPES,
     TASKS,
@@ -45,7 +55,8 @@ MANIFEST_NAME = "manifest.json"
 MODEL_NAME = "model.onnx"
 ONNXRUNTIME_NAME = "model.onnxruntime.onnx"
 ENGINES_NAME = "engines"
-_MARKERS = (MODEL_NAME, ONNXRUNTIME_NAME, MANIFEST_NAME, ENGINES_NAME)
+_GRAPHS = {"standard": MODEL_NAME, "onnxruntime": ONNXRUNTIME_NAME}
+_MARKERS = (MODEL_NAME, ONNXRUNTIME_NAME, MANIFEST_NAME, ENGINES_NAME, COMMIT_NAME)
 Progress = Callable[[str, int, int], None]
 """(file name, bytes done, bytes in all)"""
 
@@ -84,6 +95,11 @@ class Bundle:
         return str(self.manifest["dtype"])
 
     @property
+    def is_embedded(self) -> bool:
+        """The ONNX files hold the weights themselves."""
+        return not self.manifest["weights"]
+
+    @property
     def engines(self) -> list[Path]:
         """Engine files that have a sidecar, sorted by name."""
         return sorted(
@@ -92,7 +108,8 @@ class Bundle:
 
 
 def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
-    """Opens a bundle and checks every file against the manifest.
+    """Opens a bundle and checks every file against the manifest. Finishes an export or a build that was killed while its
+    files were moved into place.
 
     Args:
         folder: made by ``llama-export export``.
@@ -100,9 +117,11 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
 
     Raises:
         ConfigError: no manifest here, or one this version does not understand.
-        ArtifactMismatchError: a file is missing or is not the one the manifest describes.
+        ArtifactMismatchError: a file is missing, lies elsewhere or is not the one the manifest describes; or what was
+            interrupted cannot be finished, because the folder is read-only.
     """
-    if not (folder / MANIFEST_NAME).is_file():
+    _finish_interrupted(folder)
+    if not os.path.lexists(folder / MANIFEST_NAME):
         is_checkpoint = (folder / "config.json").is_file()
         raise ConfigError(
             f"`{folder}` is not a bundle",
@@ -124,10 +143,17 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
         _check(manifest["task"] in TASKS, f"task {manifest['task']!r}")
         _check(manifest["dtype"] in DTYPES, f"dtype {manifest['dtype']!r}")
         _check(all(isinstance(token, int) for token in manifest["eos_token_ids"]), "eos_token_ids")
+        _check(all(isinstance(entry["name"], str) for entry in manifest["io"]), "io")
+        _check(isinstance(manifest["ops"], dict), "ops")
         weights, graphs = list(manifest["weights"]), dict(manifest["functions"])
         for entry in (*weights, *graphs.values()):
             check_plain_name(entry["file"], folder / MANIFEST_NAME)
-            if not (folder / entry["file"]).is_file():
+        _check({target: entry["file"] for target, entry in graphs.items()} == _GRAPHS, "functions")
+        _check(manifest["graph_sha256"] == graphs["standard"]["sha256"], "graph_sha256")
+        _check(len({entry["file"] for entry in weights}) == len(weights), "weights")
+        _check_places(folder, [entry["file"] for entry in (*weights, *graphs.values())])
+        for entry in (*weights, *graphs.values()):
+            if not os.path.exists(folder / entry["file"]):
                 raise ArtifactMismatchError(
                     f"bundle is incomplete: `{entry['file']}` is missing",
                     details={"bundle": folder},
@@ -139,13 +165,42 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
                 _check_hash(folder, entry["file"], entry["sha256"])
             for entry in weights:
                 _check_weight_file(folder, entry)
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as err:
         raise ConfigError(
             f"`{MANIFEST_NAME}` lacks a field or holds a wrong one: {err}",
             details={"file": folder / MANIFEST_NAME},
             hint="export again",
         ) from err
     return Bundle(folder, manifest, config)
+
+
+def _finish_interrupted(folder: Path) -> None:
+    check_files(folder, (MANIFEST_NAME,), hub_cache=False, error=ArtifactMismatchError)
+    inside = [folder] if leads_out(folder / ENGINES_NAME) else [folder, folder / ENGINES_NAME]
+    for home in inside:
+        try:
+            finish_commit(home)
+        except OSError as err:
+            raise ArtifactMismatchError(
+                "an export or a build was interrupted while its files were moved into place, and cannot be finished here",
+                details={"waiting": home / COMMIT_NAME, "reason": err.strerror or err},
+                hint=f"make the folder writable once and run `llama-export inspect {folder}`",
+            ) from err
+
+
+def _check_places(folder: Path, names: Sequence[str]) -> None:
+    """No file that is read lies outside the bundle, whatever links are in it."""
+    text = ("config.json", INDEX_NAME, *TOKENIZER_FILES)
+    engines = folder / ENGINES_NAME
+    if (real := leads_out(engines)) is not None:
+        raise ArtifactMismatchError(
+            f"`{ENGINES_NAME}` is a symbolic link out of the bundle",
+            details={"folder": engines, "got": real, "expected": "a folder in the bundle"},
+            hint="put the folder itself there, if you know that it belongs there",
+        )
+    check_files(folder, (*names, *text), hub_cache=False, error=ArtifactMismatchError)
+    built = [path.name for pattern in ("*.engine", "*.json") for path in engines.glob(pattern)]
+    check_files(engines, sorted(built), hub_cache=False, error=ArtifactMismatchError)
 
 
 def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,9 +240,9 @@ def check_plain_name(name: str, source: Path) -> None:
     """Refuses a file name that could leave the bundle's folder.
 
     Raises:
-        ArtifactMismatchError: a path, ``..`` or an absolute name.
+        ArtifactMismatchError: a path, ``..``, an absolute name, or one that cannot be printed.
     """
-    if Path(name).name != name or name in ("", ".", "..") or set(name) & {"\\", "\0"}:
+    if not is_plain_name(name):
         raise ArtifactMismatchError(
             f"`{source.name}` names a file outside its folder",
             details={"file": source, "got": name, "expected": "a plain file name"},
@@ -286,7 +341,14 @@ def stop_token_ids(checkpoint: Checkpoint) -> list[int]:
     stated = load_json_object(path).get("eos_token_id") if path.is_file() else None
     if stated is None:
         return list(checkpoint.config.eos_token_ids)
-    return list(stated) if isinstance(stated, list) else [stated]
+    tokens = stated if isinstance(stated, list) else [stated]
+    if not all(type(token) is int for token in tokens):
+        raise ConfigError(
+            "bad value for eos_token_id",
+            details={"file": path, "got": str(stated)[:200], "expected": "a token id, or a list of them"},
+            hint="restore the file from its source",
+        )
+    return list(tokens)
 
 
 # ---- where an export goes ---------------------------------------------------------------------------------------
@@ -301,16 +363,40 @@ class Destination:
     """The bundle is the checkpoint's own folder; no weight is touched."""
 
 
-def plan_destination(checkpoint: Checkpoint, output: Path | None, *, force: bool, weights: WeightsMode) -> Destination:
-    """Decides and checks the destination before any work is done.
+def plan_destination(
+    checkpoint: Checkpoint,
+    output: Path | None,
+    *,
+    force: bool,
+    weights: WeightsMode,
+    converted_bytes: int | None = None,
+) -> Destination:
+    """Decides and checks the destination before any work is done, from the headers of the weight files alone.
+
+    Args:
+        checkpoint: what is exported.
+        output: folder to make; None: in place.
+        force: replace an existing bundle.
+        weights: how they get there.
+        converted_bytes: size of the weight files in another dtype; None: they are not converted.
 
     Raises:
-        ConfigError: it exists and ``force`` is off, is not a bundle, or is a folder that must not be written to.
+        ConfigError: it exists and ``force`` is off, is not a bundle, or is a folder that must not be written to; or
+            weights are to be converted in place.
+        ExportError: hard links are asked for and not possible.
         ToolchainError: not enough space for the weights.
     """
     source = checkpoint.folder
     if output is None or output.resolve() == source.resolve():
+        if converted_bytes is not None:
+            raise ConfigError(
+                "weights are not converted in place: the checkpoint's own files are never rewritten",
+                details={"folder": source},
+                hint="write the bundle elsewhere: -o BUNDLE",
+            )
         _check_in_place(checkpoint, force)
+        if weights == "embed":
+            _check_space(checkpoint, source, weights, None)
         return Destination(source, True)
     if output.exists() or output.is_symlink():
         if not output.is_dir() or output.is_symlink():
@@ -340,11 +426,35 @@ def plan_destination(checkpoint: Checkpoint, output: Path | None, *, force: bool
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not os.access(existing, os.W_OK):
         raise ConfigError(f"`{existing}` is not writable", details={"output": output}, hint="choose another -o")
-    if weights in ("auto", "copy"):
-        need, free = sum(file.size for file in checkpoint.files), shutil.disk_usage(existing).free
-        if need > free and not _can_reflink(source / checkpoint.files[0].name, existing):
-            raise no_space(existing, f"{free} bytes free", f"{need} bytes of weights")
+    if weights == "link":
+        _check_links(checkpoint, existing)
+    else:
+        _check_space(checkpoint, existing, weights, converted_bytes)
     return Destination(output, False)
+
+
+def _check_space(checkpoint: Checkpoint, where: Path, weights: WeightsMode, converted_bytes: int | None) -> None:
+    """What is known before the work: the weights. The graphs are a few megabytes at most."""
+    free = shutil.disk_usage(where).free
+    if converted_bytes is not None:
+        need = converted_bytes
+    elif weights == "embed":
+        need = 2 * checkpoint.weight_bytes  # each of the two ONNX files holds them
+    else:
+        need = sum(file.size for file in checkpoint.files)
+        if weights == "auto" and need > free and _can_reflink(checkpoint.folder / checkpoint.files[0].name, where):
+            return
+    if need > free:
+        raise no_space(where, f"{free} bytes free", f"{need} bytes of weights")
+
+
+def _check_links(checkpoint: Checkpoint, folder: Path) -> None:
+    """Links one weight file, to be told before the work and not after it that hard links do not get there."""
+    probe = folder / f".llama-export-{os.getpid()}.link"
+    try:
+        _link((checkpoint.folder / checkpoint.files[0].name).resolve(), probe)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _check_in_place(checkpoint: Checkpoint, force: bool) -> None:
@@ -376,7 +486,7 @@ def no_space(where: Path, got: str, expected: str) -> ToolchainError:
     return ToolchainError(
         "no space left",
         details={"where": where, "got": got, "expected": expected},
-        hint="free some space, or export in place (without -o)",
+        hint="free some space, or export in place (without -o), which writes no weights unless they are to be embedded",
     )
 
 
@@ -387,8 +497,7 @@ def no_space(where: Path, got: str, expected: str) -> ToolchainError:
 def staged_bundle(destination: Destination) -> Iterator[Path]:
     """A folder to write into. On a clean exit its files become the bundle; on any other exit nothing is left.
 
-    In place the files are written under temporary names' folder beside the checkpoint's files and renamed one by one,
-    the manifest last: without a manifest there is no bundle. Elsewhere one folder is renamed as a whole.
+    Killed at any moment, there is the old bundle (or none) or the new one: see :mod:`llama_export._commit`.
     """
     target = destination.folder
     home = target if destination.in_place else target.resolve().parent
@@ -399,14 +508,12 @@ def staged_bundle(destination: Destination) -> Iterator[Path]:
         remove_stale_staging(home)
         staging.mkdir()
         yield staging
-        for path in staging.iterdir():
-            _sync(path)
-        _sync(staging)
         if destination.in_place:
-            _move_in(staging, target)
+            commit(staging, target)
         else:
-            _swap_in(staging, target, home)
-        _sync(home)
+            replace_folder(staging, target)
+        for folder in {home, *(folder.parent for folder in new_parents)}:
+            sync(folder)
     except OSError as err:
         raise write_error(err, home) from err
     finally:
@@ -414,35 +521,6 @@ def staged_bundle(destination: Destination) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # not empty: the bundle is in it, or another process uses it
             for folder in new_parents:
                 folder.rmdir()
-
-
-def _move_in(staging: Path, target: Path) -> None:
-    """Renames the files of an export in place, the manifest last; if that fails half-way, none of them stays."""
-    placed: list[Path] = []
-    try:
-        for name in (ONNXRUNTIME_NAME, MODEL_NAME, MANIFEST_NAME):
-            placed.append(target / name)
-            os.replace(staging / name, target / name)
-    except BaseException:
-        for path in placed:
-            path.unlink(missing_ok=True)
-        raise
-
-
-def _swap_in(staging: Path, target: Path, home: Path) -> None:
-    """Renames ``staging`` to ``target``; an existing bundle steps aside first and comes back if that fails."""
-    if not (target.exists() and any(target.iterdir())):
-        os.rename(staging, target)  # over an empty folder too
-        return
-    aside = home / f".llama-export-{os.getpid()}.old.partial"
-    os.rename(target, aside)
-    try:
-        os.rename(staging, target)
-    except BaseException:
-        if not target.exists():
-            os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_stale_staging(home: Path) -> None:
@@ -476,14 +554,22 @@ def write_atomically(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError as err:
         raise write_error(err, path) from err
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may be the folder that is at fault
+            temporary.unlink()
 
 
 def write_error(err: OSError, where: Path) -> ToolchainError | ExportError:
     """A full disk is this machine's fault; anything else names the path and the system's reason."""
+    if isinstance(err, UnfinishedCommitError):
+        return ExportError(
+            "everything is written, but not all of it could be moved into place",
+            details={"file": err.filename or where, "reason": err.strerror or err},
+            hint="the next command that opens this folder and may write to it moves the rest",
+        )
     if err.errno in (errno.ENOSPC, errno.EDQUOT):
         return no_space(where, err.strerror or "disk full", "room for the bundle")
     return ExportError(
@@ -493,87 +579,128 @@ def write_error(err: OSError, where: Path) -> ToolchainError | ExportError:
     )
 
 
-def place_files(
-    checkpoint: Checkpoint, staging: Path, weights: WeightsMode, progress: Progress
-) -> tuple[list[WeightFile], int]:
-    """Brings the checkpoint's files into ``staging``.
+def place_text_files(checkpoint: Checkpoint, staging: Path) -> None:
+    """Copies the config and what the tokenizer is made of."""
+    for name in ("config.json", *TOKENIZER_FILES):
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, staging / name)
+
+
+def place_weights(
+    checkpoint: Checkpoint, staging: Path, weights: WeightsMode, log: Callable[[str], None], progress: Progress
+) -> int:
+    """Brings the checkpoint's weight files, and their index, into ``staging``.
+
+    Args:
+        checkpoint: where they come from; symbolic links (a hub cache) are followed to the files themselves.
+        staging: an empty folder.
+        weights: ``auto``, ``link`` or ``copy``.
+        log: told once if ``auto`` has to copy, and who refuses hard links.
+        progress: receives the copying.
 
     Returns:
-        The weight files as they lie there (their modification times may differ), and the weight bytes really written.
+        The weight bytes really written.
+
+    Raises:
+        ExportError: a hard link is not possible.
     """
-    source = checkpoint.folder
-    for name in ("config.json", INDEX_NAME, *TOKENIZER_FILES):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, staging / name)
-    placed, written = [], 0
-    for file in checkpoint.files:
-        written += _place_weights(source / file.name, staging / file.name, weights, progress)
-        placed.append(dataclasses.replace(file, mtime_ns=(staging / file.name).stat().st_mtime_ns))
-    return placed, written
-
-
-def _place_weights(source: Path, target: Path, weights: WeightsMode, progress: Progress) -> int:
-    real = source.resolve()
+    source, written, shares_blocks = checkpoint.folder, 0, weights == "auto"
+    if (source / INDEX_NAME).is_file():
+        shutil.copyfile(source / INDEX_NAME, staging / INDEX_NAME)
     if weights == "link":
-        try:
-            os.link(real, target)
-        except OSError as err:
-            raise ExportError(
-                "a hard link is not possible here",
-                details={"from": real, "to": target, "reason": err.strerror or err},
-                hint="use --weights auto, which copies where it must",
-            ) from err
-        return 0
-    written = 0
-    if weights == "copy" or not _reflink(real, target):
-        size = real.stat().st_size
-        with real.open("rb") as reader, target.open("wb") as writer:
-            while block := reader.read(1 << 22):
-                writer.write(block)
-                written += len(block)
-                progress(source.name, written, size)
-    shutil.copystat(real, target)
+        log(f"export: {LINK_NOTE}")
+    for file in checkpoint.files:
+        real, target = (source / file.name).resolve(), staging / file.name
+        if weights == "link":
+            _link(real, target)
+            continue
+        if shares_blocks and (reason := _reflink(real, target)):
+            shares_blocks = False
+            log(
+                f"export: copying the weights: {reason}; in place (no -o) nothing is written, nor with hard links (--weights link)"
+            )
+        if not shares_blocks:
+            written += _copy(real, target, progress)
+        shutil.copystat(real, target)
+    if weights == "auto" and shares_blocks:
+        log(
+            "export: the weights share their blocks with the checkpoint (reflinks); a change of either leaves the other alone"
+        )
     return written
+
+
+LINK_NOTE = (
+    "hard links: onnxruntime and TensorRT read them; the Python package onnx (load, checker) and onnx-ir refuse a file of more "
+    "than one link, and a change of the checkpoint's files changes the bundle's"
+)
+
+
+def _copy(source: Path, target: Path, progress: Progress) -> int:
+    size, written = source.stat().st_size, 0
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while block := reader.read(1 << 22):
+            writer.write(block)
+            written += len(block)
+            progress(target.name, written, size)
+    return written
+
+
+def _link(source: Path, target: Path) -> None:
+    """
+    Raises:
+        ExportError: another file system, one without hard links, or a file of another user.
+    """
+    try:
+        os.link(source, target)
+    except OSError as err:
+        crosses = err.errno == errno.EXDEV
+        raise ExportError(
+            "a hard link is not possible here",
+            details={
+                "from": source,
+                "to": target.parent,
+                "reason": err.strerror or err,
+                **({"expected": "both on one file system, under one mount"} if crosses else {}),
+            },
+            hint="use --weights auto, which copies where it must"
+            + (", or choose -o on the file system of the checkpoint" if crosses else ""),
+        ) from err
 
 
 _FICLONE = 0x40049409
 """ioctl of linux/fs.h: share the extents of another file (btrfs, XFS, bcachefs)."""
+_NO_REFLINKS = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL)
 
 
-def _reflink(source: Path, target: Path) -> bool:
-    """Shares the file's blocks instead of copying them; False where the file system cannot."""
+def _reflink(source: Path, target: Path) -> str | None:
+    """Shares the file's blocks instead of copying them. Returns why it could not; then there is no file."""
     try:
         import fcntl
     except ImportError:
-        return False
+        return "this system has no reflinks"
     try:
         with source.open("rb") as reader, target.open("wb") as writer:
             fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
-        return True
-    except OSError:
+        return None
+    except OSError as err:
         target.unlink(missing_ok=True)
-        return False
+        if err.errno == errno.EXDEV:
+            return "the checkpoint lies on another file system"
+        reason = "this file system has no reflinks" if err.errno in _NO_REFLINKS else "they cannot be reflinked"
+        return f"{reason} ({err.strerror or err})"
 
 
 def _can_reflink(source: Path, folder: Path) -> bool:
     probe = folder / f".llama-export-{os.getpid()}.reflink"
     try:
-        return _reflink(source, probe)
+        return _reflink(source.resolve(), probe) is None
     finally:
         probe.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def sha256_of_file(path: Path) -> str:
-    """Hex digest of the content."""
-    with path.open("rb") as stream:
+    """Hex digest of the content of a regular file."""
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -10,14 +10,15 @@ Source: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_export._files import is_plain_name, json_from_bytes, leads_out, open_regular
 from llama_export.config import (
     DTYPES,
     LlamaConfig,
@@ -27,14 +28,16 @@ from llama_export.config import (
     load_json_object,
     resolve_task,
 )
-from llama_export.errors import CheckpointError, ConfigError
+from llama_export.errors import CheckpointError, ConfigError, LlamaExportError
 
 DTYPE_OF_SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library itself."""
+_MAX_HEADER_BYTES = 16_000_000
+"""The safetensors library allows 100 MB, which parsed would be gigabytes; a Llama of 1000 layers needs 1 MB."""
+_MAX_RANK, _MAX_NAME = 8, 1000
+"""Of a tensor, and of its name; a Llama has 2 at most, and names of 50 characters."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _PREFIXES = ("model.", "transformer.", "")
 """Where Hugging Face's classes keep the decoder: all but two; question answering; a decoder saved without a head."""
@@ -118,19 +121,22 @@ def load_checkpoint(folder: Path, allow_config_keys: Collection[str] = (), *, ta
     """Opens a checkpoint folder and checks it against its config.
 
     Args:
-        folder: holds ``config.json`` and ``*.safetensors``; symlinks into a hub cache are followed.
+        folder: holds ``config.json`` and ``*.safetensors``. Symbolic links are followed if they stay in the folder, or
+            lead from a snapshot of Hugging Face's cache to its blobs.
         allow_config_keys: unknown ``config.json`` keys to accept.
         task: see :func:`llama_export.config.resolve_task`.
 
     Raises:
         ConfigError: see :func:`llama_export.config.load_config` and ``resolve_task``.
-        CheckpointError: no safetensors, pickles only, a truncated or overlapping file, or tensors that are missing,
-            unexpected or mis-shaped (both sets are listed); no head for the task.
+        CheckpointError: no safetensors, pickles only, a truncated or overlapping file, a file that lies elsewhere, or
+            tensors that are missing, unexpected or mis-shaped (both sets are listed); no head for the task.
     """
     _check_folder(folder)
+    check_files(folder, ("config.json", INDEX_NAME, *TOKENIZER_FILES), hub_cache=True, error=CheckpointError)
     config = load_config(folder, allow_config_keys)
     resolved = resolve_task(task, config)
     names = _weight_file_names(folder)
+    check_files(folder, names, hub_cache=True, error=CheckpointError)
     entries: dict[str, TensorEntry] = {}
     files = []
     for name in names:
@@ -152,12 +158,13 @@ def read_safetensors_header(path: Path) -> tuple[WeightFile, list[TensorEntry]]:
     """The header of one safetensors file, every offset checked against the file's size before use.
 
     Raises:
-        CheckpointError: missing, not safetensors, truncated, or a dtype that is not a float this package exports.
+        CheckpointError: missing, not a regular file, not safetensors, truncated, or a dtype that is not a float this
+            package exports.
     """
     hint = "download the file again: its size or content is not what its header says"
     try:
-        stat = path.stat()
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
+            stat = os.fstat(stream.fileno())
             length_field = stream.read(8)
             if len(length_field) < 8:
                 raise _bad_file(path, f"{stat.st_size} bytes", "at least 8 bytes (the header's length)", hint)
@@ -166,7 +173,7 @@ def read_safetensors_header(path: Path) -> tuple[WeightFile, list[TensorEntry]]:
                 raise _bad_file(
                     path,
                     f"a header of {header_bytes} bytes in a file of {stat.st_size}",
-                    "a header that fits the file",
+                    f"a header that fits the file, of at most {_MAX_HEADER_BYTES} bytes",
                     hint,
                 )
             raw = stream.read(header_bytes)
@@ -183,8 +190,12 @@ def read_safetensors_header(path: Path) -> tuple[WeightFile, list[TensorEntry]]:
             hint="check its permissions, or download it again",
         ) from err
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
+        if raw[:1] != b"{":
+            raise ValueError("it does not begin with {")
+        header = json_from_bytes(raw)
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata that is not text")
         base = 8 + header_bytes
         entries = [_entry(path, name, item, base, stat.st_size, hint) for name, item in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
@@ -207,15 +218,22 @@ def read_safetensors_header(path: Path) -> tuple[WeightFile, list[TensorEntry]]:
 
 
 def _entry(path: Path, name: str, item: Mapping[str, Any], base: int, size: int, hint: str) -> TensorEntry:
-    shape = tuple(item["shape"])
-    begin, end = item["data_offsets"]
-    if not all(isinstance(value, int) and value >= 0 for value in (*shape, begin, end)):
-        raise _bad_file(path, f"`{name}` with shape {shape} and offsets {begin}, {end}", "non-negative integers", hint)
+    if len(name.encode()) > _MAX_NAME:  # half a surrogate pair is a ValueError here
+        raise ValueError(f"a tensor's name of {len(name)} characters")
+    shape, offsets = item["shape"], item["data_offsets"]
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(shape) > _MAX_RANK or len(offsets) != 2:
+        raise ValueError(f"a shape or offsets of `{name}` that are none")
+    if not all(type(value) is int and 0 <= value < 2**63 for value in (*shape, *offsets)):
+        raise _bad_file(
+            path, f"`{name}` with shape {shape} and offsets {offsets}"[:400], "non-negative integers of 63 bits", hint
+        )
+    shape, (begin, end) = tuple(shape), offsets
     dtype = DTYPE_OF_SAFETENSORS.get(item["dtype"])
     if dtype is None:
+        stated = str(item["dtype"])[:40]
         raise CheckpointError(
-            f"tensor `{name}` has dtype {item['dtype']}",
-            details={"file": path, "got": item["dtype"], "expected": " | ".join(DTYPE_OF_SAFETENSORS)},
+            f"tensor `{name}` has dtype {stated}",
+            details={"file": path, "got": stated, "expected": " | ".join(DTYPE_OF_SAFETENSORS)},
             hint="export the original float checkpoint, not a quantised or integer one",
         )
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
@@ -258,11 +276,41 @@ def _check_folder(folder: Path) -> None:
     )
 
 
+def check_files(folder: Path, names: Iterable[str], *, hub_cache: bool, error: type[LlamaExportError]) -> None:
+    """Refuses files of a folder that lie elsewhere, or are none. What is not there is not checked.
+
+    Args:
+        folder: a checkpoint, a bundle or its engines.
+        names: plain names in it.
+        hub_cache: allow links to the blobs of Hugging Face's cache.
+        error: what is raised.
+    """
+    for name in names:
+        path = folder / name
+        if (real := leads_out(path, hub_cache=hub_cache)) is not None:
+            raise error(
+                f"`{name}` is a symbolic link out of its folder",
+                details={"file": path, "got": real, "expected": "a file in the folder" + _OR_BLOB * hub_cache},
+                hint="put the file itself there, if you know that it belongs there",
+            )
+        if name.endswith(".safetensors"):
+            continue  # its reader says more
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise error(
+                f"`{name}` is not a regular file",
+                details={"file": path, "expected": "a regular file: no folder, pipe, socket or device"},
+                hint="restore it from its source, or remove it",
+            )
+
+
+_OR_BLOB = ", or in the blobs of the same Hugging Face cache"
+
+
 def _weight_file_names(folder: Path) -> list[str]:
     # transformers takes the single file where both exist, and so must what is to equal it.
-    if (folder / SINGLE_NAME).is_file():
+    if os.path.lexists(folder / SINGLE_NAME):
         return [SINGLE_NAME]
-    if (folder / INDEX_NAME).is_file():
+    if os.path.lexists(folder / INDEX_NAME):
         weight_map = load_json_object(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConfigError(
@@ -271,13 +319,11 @@ def _weight_file_names(folder: Path) -> list[str]:
                 hint="restore the index from its source",
             )
         names = sorted({str(name) for name in weight_map.values()})
-        unsafe = [
-            name for name in names if Path(name).name != name or name in ("", ".", "..") or set(name) & {"\\", "\0"}
-        ]
+        unsafe = [name for name in names if not is_plain_name(name)]
         if unsafe:
             raise CheckpointError(
                 f"`{INDEX_NAME}` points out of its folder",
-                details={"file": folder / INDEX_NAME, "got": ", ".join(unsafe), "expected": "plain file names"},
+                details={"file": folder / INDEX_NAME, "got": _shorten(unsafe), "expected": "plain file names"},
                 hint="do not export a checkpoint from a source you do not trust",
             )
         foreign = [name for name in names if not name.endswith(".safetensors")]
@@ -306,6 +352,16 @@ def _match_tensors(
     folder: Path, config: LlamaConfig, task: Task, stored: Mapping[str, TensorEntry]
 ) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
     """Reference name -> entry, and the stored names that are not used."""
+    if config.num_hidden_layers > len(stored):  # before the names of a billion layers are made
+        raise CheckpointError(
+            "checkpoint does not match its config: fewer tensors than layers",
+            details={
+                "folder": folder,
+                "got": f"{len(stored)} tensors",
+                "expected": f"{config.num_hidden_layers} layers",
+            },
+            hint=f"config.json says num_hidden_layers: {config.num_hidden_layers}",
+        )
     rotary = {name for name in stored if _ROTARY.fullmatch(name)}
     expected = expected_tensors(config, task)
     found = _by_reference_name(folder, {name: entry for name, entry in stored.items() if name not in rotary})

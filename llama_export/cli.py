@@ -25,7 +25,7 @@ import click
 
 from llama_export import __version__
 from llama_export._process import collector_paused
-from llama_export.config import BACKENDS, DTYPES, TASKS, EngineConfig, ExportConfig
+from llama_export.config import BACKENDS, DTYPES, TASKS, WEIGHTS_MODES, EngineConfig, ExportConfig
 from llama_export.errors import ConfigError, LlamaExportError, ShapeError, ToolchainError
 
 if TYPE_CHECKING:
@@ -69,9 +69,15 @@ def cli() -> None:
     "--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Compute dtype; auto: the checkpoint's own."
 )
 @click.option(
-    "--weights", type=click.Choice(["auto", "link", "copy"]), default="auto",
-    help="How weight files reach -o: reflink or copy (auto), hard links, copies.",
+    "--weights", type=click.Choice(WEIGHTS_MODES), default="auto",
+    help="How the weights reach -o: reflinks, or copies where the file system has none (auto); hard links; copies; or inside "
+    "the ONNX files (embed, up to 2 GiB, also without -o).",
 )  # fmt: skip
+@click.option(
+    "--convert-weights",
+    is_flag=True,
+    help="Write the weight files of -o in --dtype, instead of casting in the graph what is stored in another.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--hash-weights", is_flag=True, help="Record a SHA-256 of every weight file (reads every byte).")
 @click.option(
@@ -83,8 +89,8 @@ def cli() -> None:
 )
 @_json_flag
 def export(
-    checkpoint: Path, output: Path | None, task: str, dtype: str, weights: Any, force: bool, hash_weights: bool,
-    allow_config_keys: tuple[str, ...], as_json: bool,
+    checkpoint: Path, output: Path | None, task: str, dtype: str, weights: Any, convert_weights: bool, force: bool,
+    hash_weights: bool, allow_config_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT (a Hugging Face folder) to ONNX, weights by reference."""
     with collector_paused():  # the imports, too, make many objects and no garbage
@@ -94,6 +100,7 @@ def export(
         task=task,
         dtype=dtype,
         weights=weights,
+        convert_weights=convert_weights,
         force=force,
         hash_weights=hash_weights,
         allow_config_keys=allow_config_keys,
@@ -298,11 +305,17 @@ def _token_list(text: str) -> list[int]:
     "--text", type=_PATH, metavar="FILE", help="UTF-8 text for text/*: perplexity and KL divergence of its beginning."
 )
 @click.option("--report", type=_PATH, metavar="DIR", help="Where the report goes.  [default: BUNDLE/report]")
+@click.option(
+    "--checkpoint",
+    type=_PATH,
+    metavar="DIR",
+    help="What BUNDLE was exported from, where its weights are embedded and it holds no checkpoint itself.",
+)
 @_ignore_hashes
 @_json_flag
 def validate(
-    bundle: Path, stages: str, require: str, steps: int, seed: int, text: Path | None, report: Path | None, ignore_hashes: bool,
-    as_json: bool,
+    bundle: Path, stages: str, require: str, steps: int, seed: int, text: Path | None, report: Path | None,
+    checkpoint: Path | None, ignore_hashes: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Prove, stage by stage, that BUNDLE computes what the checkpoint computes."""
     from rich.console import Console
@@ -315,8 +328,9 @@ def validate(
     folder = report if report is not None else bundle / "report"
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
     config = ValidateConfig(
-        stages=_names(stages), require=_names(require), steps=steps, seed=seed, text=text, cases=folder / "operations"
-    )
+        stages=_names(stages), require=_names(require), steps=steps, seed=seed, text=text, cases=folder / "operations",
+        checkpoint=checkpoint,
+    )  # fmt: skip
     require_plots()  # minutes of work must not end without the report
     found = validate_bundle(opened, config, log=_log)
     files = write_report(found, folder)

@@ -10,7 +10,6 @@ Source: https://huggingface.co/docs/transformers/model_doc/llama (LlamaConfig), 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Collection, Mapping
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from llama_export._files import json_from_bytes, read_small
 from llama_export.errors import ConfigError
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -30,7 +30,7 @@ TASKS: tuple[str, ...] = get_args(Task)
 TASK = "causal-lm"
 Backend = Literal["tensorrt-rtx", "tensorrt"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-WeightsMode = Literal["auto", "link", "copy"]
+WeightsMode = Literal["auto", "link", "copy", "embed"]
 WEIGHTS_MODES: tuple[str, ...] = get_args(WeightsMode)
 CUSTOM_OPS = ("LlamaRMSNorm", "LlamaAddRMSNorm", "LlamaAttention", "LlamaMaskedAttention")
 """The graphs' ops that an engine computes by a plugin or by TensorRT's own layers; must equal ``ops.OP_SPECS``."""
@@ -461,7 +461,10 @@ class ExportConfig:
     dtype: str = "auto"
     """Compute dtype of the graph; ``auto`` is the dtype the checkpoint states, else the one it is stored in."""
     weights: WeightsMode = "auto"
-    """How the weight files reach another folder: ``auto`` reflinks where the file system can and copies otherwise."""
+    """How the weights reach the bundle: ``auto`` reflinks the files where the file system can and copies them otherwise;
+    ``embed`` writes them into the ONNX files, each of which must stay below 2 GiB. In place only ``embed`` means anything."""
+    convert_weights: bool = False
+    """Write the weight files of another folder in the compute dtype; then ``model.onnx`` needs no casts."""
     force: bool = False
     """Replace an existing bundle."""
     hash_weights: bool = False
@@ -472,6 +475,15 @@ class ExportConfig:
     def __post_init__(self) -> None:
         _check(self.weights in WEIGHTS_MODES, "weights", self.weights, " | ".join(WEIGHTS_MODES))
         _check(self.task in ("auto", *TASKS), "task", self.task, " | ".join(("auto", *TASKS)))
+        if self.convert_weights and self.weights in ("link", "embed"):
+            raise ConfigError(
+                "converted weights are new files: they are neither linked nor embedded",
+                details={"got": f"convert_weights with weights {self.weights}", "expected": "weights auto or copy"},
+                hint="leave --weights out; to embed converted weights, export the converted bundle once more: "
+                "llama-export export BUNDLE -o ONE_FILE --weights embed"
+                if self.weights == "embed"
+                else "leave --weights out",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -531,14 +543,20 @@ def load_config(folder: Path, allow_keys: Collection[str] = ()) -> LlamaConfig:
     )
 
 
+MAX_JSON_BYTES = 16_000_000
+"""What is parsed of a config, an index, a manifest or a sidecar: the largest known are below 1 MB, and parsing takes up to
+25 times the size in memory."""
+
+
 def load_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file the user owns.
+    """A JSON object from a file that somebody made.
 
     Raises:
-        ConfigError: missing, unreadable, not UTF-8, not JSON, or not an object.
+        ConfigError: missing, not a regular file, unreadable, larger than :data:`MAX_JSON_BYTES`, not UTF-8, not JSON, a
+            key that stands twice, or not an object.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json_from_bytes(read_small(path, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise ConfigError(
             f"`{path.name}` is missing",
@@ -548,7 +566,7 @@ def load_json_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as err:  # ValueError: not UTF-8, not JSON, an integer of 5000 digits
         raise ConfigError(
             f"`{path.name}` cannot be read as JSON",
-            details={"file": path, "reason": err},
+            details={"file": path, "reason": getattr(err, "strerror", None) or err},
             hint="restore the file from its source",
         ) from err
     if not isinstance(data, dict):

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_export import __version__, plugins
+from llama_export._commit import commit
 from llama_export._plan import is_readable, read_plan
 from llama_export._process import peak_rss_bytes
 from llama_export._tensorrt import (
@@ -756,7 +757,7 @@ _NO_KERNEL = (
 
 
 def _write(target: Path, plan: Any, sidecar: Mapping[str, Any]) -> None:
-    """Both files appear whole, the sidecar last: without one an engine is not listed."""
+    """Both files appear together, or the old ones stay, whenever this is killed: see :mod:`llama_export._commit`."""
     folder = target.parent
     is_new = not folder.exists()
     staging = folder / f".llama-export-{os.getpid()}.partial"
@@ -766,10 +767,7 @@ def _write(target: Path, plan: Any, sidecar: Mapping[str, Any]) -> None:
         staging.mkdir()
         write_atomically(staging / target.name, plan)
         write_atomically(staging / target.with_suffix(".json").name, json_bytes(sidecar))
-        # An old sidecar must never describe the new engine.
-        target.with_suffix(".json").unlink(missing_ok=True)
-        os.replace(staging / target.name, target)
-        os.replace(staging / target.with_suffix(".json").name, target.with_suffix(".json"))
+        commit(staging, folder)
     except OSError as err:
         raise write_error(err, folder) from err
     finally:

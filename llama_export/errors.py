@@ -17,6 +17,7 @@ A failed parity check is a result, not an exception (exit 1). Any other exceptio
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 
@@ -43,7 +44,11 @@ class LlamaExportError(Exception):
         lines += [f"  {key + ':':<{width}} {value}" for key, value in self.details.items()]
         if self.hint:
             lines += ["", f"hint: {self.hint}"]
-        return "\n".join(lines)
+        return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), "\n".join(lines))
+
+
+_CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
+"""A name in a file that somebody made may hold what steers a terminal, or cannot be printed at all."""
 
 
 class ConfigError(LlamaExportError):

@@ -53,12 +53,13 @@ from llama_export.bundle import (
     Progress,
     json_bytes,
     manifest_from_export,
-    place_files,
+    place_text_files,
+    place_weights,
     plan_destination,
     sha256_of_file,
     staged_bundle,
 )
-from llama_export.checkpoint import Checkpoint, TensorEntry, load_checkpoint, resolve_dtype
+from llama_export.checkpoint import Checkpoint, TensorEntry, WeightFile, load_checkpoint, resolve_dtype
 from llama_export.config import ExportConfig, LlamaConfig, Task, count_parameters
 from llama_export.errors import ExportError, MissingDependencyError
 from llama_export.graph_io import INTERFACES, is_single_text
@@ -70,6 +71,8 @@ try:
     import torch
 
     from llama_export import ops
+    from llama_export.conversion import plan_conversion, write_conversion
+    from llama_export.embedded import ROTARY, check_embeddable, external_initializers, write_embedded
     from llama_export.model import MODEL_CLASSES, LlamaForCausalLM
     from llama_export.model.rope import rope_buffers
     from llama_export.repeat import TRACED_LAYERS, repeat_last_layer
@@ -78,7 +81,6 @@ except ModuleNotFoundError as err:
 
 IR_VERSION = 11
 """Of the ONNX file: the first with opset 24; onnxruntime 1.32 and TensorRT-RTX 1.7 read it."""
-_ROPE = "model.rotary_emb."
 _REPORT = "the exporter and the installed torch disagree: report it with the output of `llama-export env`"
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -93,9 +95,10 @@ class ExportResult:
     dtype: str
     num_parameters: int
     weight_bytes_referenced: int
-    """Bytes of the checkpoint that the graph points to."""
+    """Bytes of the weight files that the graph points to; 0 if it holds its weights."""
     weight_bytes_written: int
-    """Bytes of weights that were really copied; 0 in place, with reflinks and with hard links."""
+    """Bytes of weights that were really written: of files copied or converted, or inside both ONNX files; 0 in place, with
+    reflinks and with hard links."""
     seconds: float
     """Wall time of the export, imports excluded."""
     peak_rss_bytes: int
@@ -117,7 +120,7 @@ def export_checkpoint(
         output: folder to make; None writes into ``folder``, which then is the bundle.
         config: settings.
         log: receives one line per stage.
-        progress: receives the copying of weights.
+        progress: receives the copying, embedding or converting of weights.
 
     Raises:
         LlamaExportError: see :mod:`llama_export.errors`; nothing is left behind.
@@ -126,7 +129,19 @@ def export_checkpoint(
     start = time.perf_counter()
     checkpoint = load_checkpoint(folder, config.allow_config_keys, task=config.task)
     dtype = resolve_dtype(config.dtype, checkpoint)
-    destination = plan_destination(checkpoint, output, force=config.force, weights=config.weights)
+    embed = config.weights == "embed"
+    if embed:
+        check_embeddable(checkpoint.weight_bytes, MODEL_NAME)
+    conversion = plan_conversion(checkpoint, dtype) if config.convert_weights else None
+    destination = plan_destination(
+        checkpoint,
+        output,
+        force=config.force,
+        weights=config.weights,
+        converted_bytes=conversion.nbytes if conversion else None,
+    )
+    if conversion is not None:
+        checkpoint = conversion.checkpoint
     llama, task = checkpoint.config, checkpoint.task
     num_parameters = count_parameters(llama, task)
     log(f"export: {task}, {num_parameters:,} parameters, {dtype}, {llama.num_hidden_layers} layers")
@@ -141,14 +156,23 @@ def export_checkpoint(
         "onnxruntime": (ONNXRUNTIME_NAME, "float32", model_proto(graph, checkpoint, "float32", "onnxruntime")),
     }
     with staged_bundle(destination) as staging:
+        written = 0
         for name, _, proto in models.values():
             check_model(proto)
-            (staging / name).write_bytes(proto.SerializeToString())
-        if destination.in_place:
-            files, written = list(checkpoint.files), 0
-        else:
-            files, written = place_files(checkpoint, staging, config.weights, progress)
+            if embed:
+                written += write_embedded(proto, checkpoint, staging / name, progress)
+            else:
+                (staging / name).write_bytes(proto.SerializeToString())
+        if not destination.in_place:
+            place_text_files(checkpoint, staging)
+            if conversion is not None:
+                written += write_conversion(conversion, staging, progress)
+            elif not embed:
+                written += place_weights(checkpoint, staging, config.weights, log, progress)
         weights_at = checkpoint.folder if destination.in_place else staging
+        files = [] if embed else list(checkpoint.files)
+        if not destination.in_place:
+            files = [_as_it_lies(file, staging) for file in files]
         standard = models["standard"][2]
         manifest = manifest_from_export(
             checkpoint,
@@ -171,18 +195,24 @@ def export_checkpoint(
         )
         (staging / MANIFEST_NAME).write_bytes(json_bytes(manifest))
     seconds = time.perf_counter() - start
-    log(f"export: done in {seconds:.1f} s, {written:,} weight bytes written, {checkpoint.weight_bytes:,} referenced")
+    referenced = 0 if embed else checkpoint.weight_bytes
+    log(f"export: done in {seconds:.1f} s, {written:,} weight bytes written, {referenced:,} referenced")
     return ExportResult(
         bundle=str(destination.folder),
         model=str(destination.folder / MODEL_NAME),
         task=task,
         dtype=dtype,
         num_parameters=num_parameters,
-        weight_bytes_referenced=checkpoint.weight_bytes,
+        weight_bytes_referenced=referenced,
         weight_bytes_written=written,
         seconds=round(seconds, 3),
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+def _as_it_lies(file: WeightFile, folder: Path) -> WeightFile:
+    """With the modification time it has there; a copy's may differ from the original's."""
+    return dataclasses.replace(file, mtime_ns=(folder / file.name).stat().st_mtime_ns)
 
 
 def _listed(names: Sequence[str], limit: int = 4) -> str:
@@ -258,7 +288,7 @@ def graph_from_program(program: torch.export.ExportedProgram, config: LlamaConfi
     _name_dimensions(model.graph, task)
     _share_tied_embedding(model.graph, config)
     for name, values in rope_buffers(config).items():
-        frequencies = model.graph.initializers[_ROPE + name]
+        frequencies = model.graph.initializers[ROTARY + name]
         frequencies.const_value = ir.Tensor(values.numpy(), name=frequencies.name)
     model.opset_imports[ops.DOMAIN] = 1
     model.ir_version = IR_VERSION
@@ -400,7 +430,7 @@ def _retype(graph: ir.Graph, dtype: ir.DataType) -> None:
     """Gives every 16-bit value and cast of the graph another float type; float32 values keep theirs."""
     for value in _values(graph):
         if value.dtype in _SIXTEEN_BIT:
-            value.dtype = dtype
+            value.type = ir.TensorType(dtype)  # a clone shares its type objects with the original
     for node in graph:
         target = node.attributes.get("to")
         if node.op_type == "Cast" and target is not None and ir.DataType(target.as_int()) in _SIXTEEN_BIT:
@@ -413,7 +443,7 @@ def _reference_weights(graph: ir.Graph, checkpoint: Checkpoint, dtype: ir.DataTy
     Raises:
         ExportError: the graph's weights are not exactly the checkpoint's.
     """
-    weights = {name for name in graph.initializers if not name.startswith(_ROPE)}
+    weights = {name for name in graph.initializers if not name.startswith(ROTARY)}
     if weights != set(checkpoint.tensors):
         raise ExportError(
             "the traced graph does not use the checkpoint's tensors one to one",
@@ -465,8 +495,7 @@ def check_model(proto: onnx.ModelProto) -> None:
     ops.register_onnx_schemas()
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    external = [item for item in copy.graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL]
-    for item in external:
+    for item in external_initializers(copy):
         copy.graph.input.append(onnx.helper.make_tensor_value_info(item.name, item.data_type, list(item.dims)))
         copy.graph.initializer.remove(item)
     try:

@@ -16,10 +16,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_export import export
+from llama_export import _commit, engine, export
 from llama_export.bundle import load_bundle
 from llama_export.cli import main
 from llama_export.errors import LlamaExportError
@@ -27,7 +28,7 @@ from llama_export.errors import LlamaExportError
 ORIGINALS = {
     name: getattr(export, name) for name in ("trace_program", "graph_from_program", "model_proto", "check_model")
 }
-_CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.utime")
+_CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.utime", "exchange")
 
 
 def fork(action: Callable[[], int]) -> int:
@@ -65,81 +66,147 @@ def die_before_change(number: int, root: Path, by: signal.Signals = signal.SIGKI
         elif seen == number:
             os.kill(os.getpid(), by)
 
+    exchange = _commit.exchange
+
+    def audited_exchange(left: Path, right: Path) -> bool:
+        sys.audit("exchange", left)
+        return exchange(left, right)
+
+    _commit.exchange = audited_exchange  # Python has no event for it
     sys.addaudithook(hook)
 
 
-def state(bundle: Path, before: bytes | None) -> str:
-    """``absent``, ``old``, ``complete``, or what is wrong."""
-    manifest = bundle / "manifest.json"
-    if not manifest.is_file():
-        return "absent"
-    if before is not None and manifest.read_bytes() == before:
-        name = "old"
-    else:
-        name = "complete"
-    try:
-        load_bundle(bundle)
-    except LlamaExportError as err:
-        return f"broken: {err}"
-    return name
+@dataclass(frozen=True)
+class Scenario:
+    """An export, or the writing of an engine, that is to be killed."""
+
+    name: str
+    root: Path
+    target: Path
+    run: Callable[[], int]
+    again: Callable[[], int]
+    """The same after a kill, when its own result may be there."""
+
+    def state(self) -> str:
+        """``absent``, ``old``, ``complete``, or what is wrong: as the next command finds it."""
+        if self.name.startswith("engine"):
+            return self._engine_state()
+        try:
+            bundle = load_bundle(self.target)
+        except LlamaExportError as err:
+            return "absent" if "is not a bundle" in str(err) else f"broken: {err}"
+        name = "old" if bundle.dtype == "float16" else "complete"
+        there = {path.name for path in self.target.iterdir() if not path.name.endswith(".partial")}
+        wanted = {"config.json", "model.safetensors", "model.onnx", "model.onnxruntime.onnx", "manifest.json"}
+        if self.name == "in-place-over" or name == "old":
+            wanted.add("engines")  # of the old bundle: it goes with it, and stays where only files are replaced
+        return name if there == wanted else f"broken: {there}"
+
+    def _engine_state(self) -> str:
+        engines = load_bundle(self.target.parents[1]).engines
+        if not engines:
+            return "absent"
+        stated = json.loads(self.target.with_suffix(".json").read_text())["content"]
+        there = {path.name for path in self.target.parent.iterdir() if not path.name.endswith(".partial")}
+        same = engines == [self.target] and self.target.read_bytes() == stated.encode() * 1000
+        return {"old": "old", "new": "complete"}[stated] if same and len(there) == 2 else f"broken: {there}"
+
+
+def write_engine(target: Path, content: str) -> int:
+    """What ``build`` does last."""
+    engine._write(target, content.encode() * 1000, {"content": content})
+    return 0
+
+
+def made_once(folder: Path, make: Callable[[Path], int]) -> Path:
+    """What a scenario starts from."""
+    if not folder.exists():
+        assert finish(fork(lambda: make(folder))) == 0
+    return folder
 
 
 @contextlib.contextmanager
-def scenario(name: str, checkpoint: Path, root: Path) -> Iterator[tuple[list[str], Path, bytes | None]]:
-    """Arguments, where the bundle will be, and the manifest that is there before."""
+def scenario(name: str, checkpoint: Path, scratch: Path) -> Iterator[Scenario]:
+    """One of :data:`SCENARIOS`, from its beginning."""
+    root = scratch / name
     root.mkdir()
-    source = root / "checkpoint"
-    shutil.copytree(checkpoint, source)
-    target = source if name == "in-place" else root / "new" / "out" if name == "new" else root / "out"
-    arguments = ["export", str(source)] + ([] if name == "in-place" else ["-o", str(target), "--weights", "copy"])
-    before = None
-    if name == "replace":
-        old = root.parent / "old-bundle"
-        if not old.exists():
-            assert finish(fork(lambda: main(["export", str(source), "-o", str(old), "--hash-weights"]))) == 0
-        shutil.copytree(old, target)
-        before = (target / "manifest.json").read_bytes()
-        arguments.append("--force")
+    source, out = root / "checkpoint", root / "out"
+    in_place, replaces = name.startswith("in-place"), name.startswith("replace")
+
+    def old(folder: Path) -> int:
+        """A bundle that differs in every file but the weights, with engines."""
+        restore()
+        where = [str(folder)] if in_place else [str(checkpoint), "-o", str(folder)]
+        if in_place:
+            shutil.copytree(checkpoint, folder)
+        code = main(["export", *where, "--dtype", "float16", "--hash-weights"])
+        (folder / "engines").mkdir()
+        return code
+
+    if name == "in-place-over":
+        shutil.copytree(made_once(scratch / "old-in-place", old), source)
+    else:
+        shutil.copytree(checkpoint, source)
+    if name.startswith("engine"):
+        bundle = made_once(scratch / "bundle", lambda folder: main(["export", str(checkpoint), "-o", str(folder)]))
+        shutil.copytree(bundle, out)
+        target = out / "engines" / "float32.engine"
+        if name == "engine-over":
+            write_engine(target, "old")
+        made = Scenario(name, root, target, lambda: write_engine(target, "new"), lambda: write_engine(target, "new"))
+    else:
+        if replaces:
+            shutil.copytree(made_once(scratch / "old-bundle", old), out)
+        target = source if in_place else out if replaces else root / "new" / "out"
+        export_it = ["export", str(source), *([] if in_place else ["-o", str(target), "--weights", "copy"])]
+        force = ["--force"] if replaces or name == "in-place-over" else []
+
+        def again() -> int:
+            return main([*export_it, *(["--force"] if (target / "manifest.json").exists() else [])])
+
+        made = Scenario(name, root, target, lambda: main([*export_it, *force]), again)
     try:
-        yield arguments, target, before
+        yield made
     finally:
         shutil.rmtree(root)
 
 
-def observe(
-    name: str, arguments: list[str], target: Path, root: Path, before: bytes | None, killed: str
-) -> dict[str, Any]:
-    """What a killed export left, and what the next one makes of it."""
-    found: dict[str, Any] = {"scenario": name, "killed": killed, "state": state(target, before)}
-    found["weights"] = (root / "checkpoint" / "model.safetensors").read_bytes() == WEIGHTS
-    found["partial"] = sum(1 for path in root.rglob(".llama-export-*"))
-    # In place, renamed graphs without a manifest count as an export that exists.
-    again = [*arguments, *(["--force"] if name == "in-place" and "--force" not in arguments else [])]
-    if found["state"] == "complete" and name == "new":
-        again.append("--force")
-    found["next"] = finish(fork(lambda: main(again)))
-    found["next_state"] = state(target, None)
-    found["next_partial"] = [str(path.relative_to(root)) for path in root.rglob(".llama-export-*")]
+SCENARIOS = ("new", "in-place", "in-place-over", "replace", "replace-without-exchange", "engine", "engine-over")
+
+
+def observe(made: Scenario, killed: str) -> dict[str, Any]:
+    """What a kill left, and what the next command makes of it."""
+    found: dict[str, Any] = {"scenario": made.name, "killed": killed}
+    found["partial"] = sum(1 for path in made.root.rglob(".llama-export-*"))
+    found["pending"] = sum(1 for path in made.root.rglob(_commit.COMMIT_NAME))
+    found["state"] = made.state()
+    found["weights"] = (made.root / "checkpoint" / "model.safetensors").read_bytes() == WEIGHTS
+    found["next"] = finish(fork(made.again))
+    found["next_state"] = made.state()
+    found["next_partial"] = [str(path.relative_to(made.root)) for path in made.root.rglob(".llama-export*")]
     return found
 
 
-def whole_export(arguments: list[str]) -> int:
-    """With a trace of its own."""
+def restore() -> None:
+    """The next export has a trace of its own."""
     for name, function in ORIGINALS.items():
         setattr(export, name, function)
-    return main(arguments)
 
 
 def random_moments(checkpoint: Path, scratch: Path, rng: random.Random, count: int) -> list[dict[str, Any]]:
     """Killed at random moments: ``count`` whole exports, and ``count`` that share a trace and so mostly write."""
     found: list[dict[str, Any]] = []
-    root = scratch / "random"
-    for run in (whole_export, main):
+    for prepare in (restore, lambda: None):
         duration = 0.0
         for number in range(count + 1):
-            with scenario("new", checkpoint, root) as (arguments, target, before):
+            with scenario("new", checkpoint, scratch) as made:
+
+                def action(made: Scenario = made, prepare: Callable[[], None] = prepare) -> int:
+                    prepare()
+                    return made.run()
+
                 start = time.perf_counter()
-                pid = fork(lambda run=run, arguments=arguments: run(arguments))  # type: ignore[misc]
+                pid = fork(action)
                 if number == 0:
                     assert finish(pid) == 0
                     duration = time.perf_counter() - start
@@ -148,31 +215,32 @@ def random_moments(checkpoint: Path, scratch: Path, rng: random.Random, count: i
                 time.sleep(moment)
                 os.kill(pid, signal.SIGKILL)
                 code = finish(pid)
-                found.append(observe("new", arguments, target, root, before, f"{moment:.3f} s ({code})"))
+                found.append(observe(made, f"{moment:.3f} s ({code})"))
     return found
 
 
 def every_change(checkpoint: Path, scratch: Path) -> list[dict[str, Any]]:
-    """Exports of one cached graph, killed before each change of the file system."""
+    """Exports of one cached graph, and writes of an engine, killed before each change of the file system."""
     found = []
-    for name in ("new", "in-place", "replace"):
-        root = scratch / name
+    for name in SCENARIOS:
 
-        def run(number: int, arguments: list[str], root: Path = root) -> int:
+        def run(made: Scenario, number: int) -> int:
             def action() -> int:
-                die_before_change(number, root)
-                return main(arguments)
+                if made.name == "replace-without-exchange":
+                    _commit.exchange = lambda left, right: False
+                die_before_change(number, made.root)
+                return made.run()
 
             return finish(fork(action))
 
-        with scenario(name, checkpoint, root) as (arguments, _, _):
-            assert run(0, arguments) == 0
-            changes = (root / "changes").read_text().splitlines()
+        with scenario(name, checkpoint, scratch) as made:
+            assert run(made, 0) == 0
+            changes = (made.root / "changes").read_text().splitlines()
         for number, change in enumerate(changes, start=1):
-            with scenario(name, checkpoint, root) as (arguments, target, before):
-                code = run(number, arguments)
+            with scenario(name, checkpoint, scratch) as made:
+                code = run(made, number)
                 assert code == -signal.SIGKILL, (code, change)
-                found.append(observe(name, arguments, target, root, before, f"{number} {change}"))
+                found.append(observe(made, f"{number} {change}"))
     return found
 
 
@@ -180,18 +248,18 @@ def polite_signals(checkpoint: Path, scratch: Path) -> list[dict[str, Any]]:
     """Signals that a program may handle, in the middle of the copy of the weights."""
     found = []
     for by in (signal.SIGTERM, signal.SIGINT):
-        with scenario("new", checkpoint, scratch / "polite") as (arguments, _, _):
-            before = sorted(str(path) for path in (scratch / "polite").rglob("*"))
+        with scenario("new", checkpoint, scratch) as made:
+            before = sorted(str(path) for path in made.root.rglob("*"))
 
-            def action(by: signal.Signals = by, arguments: list[str] = arguments) -> int:
-                die_before_change(6, scratch / "polite", by)
+            def action(by: signal.Signals = by, made: Scenario = made) -> int:
+                die_before_change(6, made.root, by)
                 try:
-                    return main(arguments)
+                    return made.run()
                 except SystemExit as exit:
                     return exit.code if isinstance(exit.code, int) else 71
 
             code = finish(fork(action))
-            after = sorted(str(path) for path in (scratch / "polite").rglob("*"))
+            after = sorted(str(path) for path in made.root.rglob("*"))
             found.append({"signal": by.name, "code": code, "left": sorted(set(after) - set(before))})
     return found
 

@@ -5,16 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import socket
+import stat
+import tracemalloc
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from llama_export import export
 from llama_export.cli import main
+from llama_export.errors import LlamaExportError
 
+T = TypeVar("T")
 Snapshot = dict[str, tuple[object, ...]]
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 """Hypothesis on a busy machine; fixtures are only read by the tests that use both."""
@@ -80,6 +87,64 @@ def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 _graphs: dict[Any, Any] = {}
 _trace_program, _graph_from_program = export.trace_program, export.graph_from_program
+
+
+def make_special(path: Path, kind: str) -> None:
+    """A pipe that nobody writes to, a socket, a device that never ends, or a folder."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            os.chdir(path.parent)  # the path of a socket is short
+            listener.bind(path.name)
+    elif kind == "device":
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero
+        except OSError as err:
+            pytest.skip(f"no device can be made here: {err}")
+    else:
+        path.mkdir()
+
+
+def refused_or(action: Callable[[], T], limit: int = 4_000_000) -> T | None:
+    """What ``action`` returns, or None where it refuses; no other exception, and no more memory than ``limit`` bytes."""
+    tracemalloc.start()
+    try:
+        return action()
+    except LlamaExportError as err:
+        str(err).encode()  # also with half a surrogate pair in a name
+        return None
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < limit, peak
+
+
+def json_paths(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a JSON document."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [path, *(found for key, value in items for found in json_paths(value, (*path, key)))]
+
+
+def with_json_at(data: Any, path: Sequence[Any], value: Any) -> Any:
+    """The document with another value in one place."""
+    if not path:
+        return value
+    copy = dict(data) if isinstance(data, dict) else list(data)
+    copy[path[0]] = with_json_at(data[path[0]], path[1:], value)
+    return copy
+
+
+hostile_json = st.recursive(
+    st.one_of(
+        st.sampled_from([None, True, False, 0, -1, 2**31, 2**53, 2**63, 2**64, 10**400, 0.5, 1e308, float("inf"), float("nan")]),
+        st.sampled_from(["", "..", "../x", "/etc/passwd", "a\0b", "\ud800", "x" * 5000, "model.onnx", "manifest.json", "1"]),
+        st.integers(), st.floats(), st.text(max_size=8),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)  # fmt: skip
+"""What may stand where something else is expected."""
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any], bytes]:

@@ -19,10 +19,15 @@ from safetensors.numpy import load_file, save_file
 from support import (
     check_export_refused,
     check_refused,
+    hostile_json,
+    json_paths,
+    make_special,
     patient,
     read_safetensors,
     read_tensors,
+    refused_or,
     split_in_shards,
+    with_json_at,
     write_index,
     write_safetensors,
     write_tensors,
@@ -547,7 +552,20 @@ def test_header_beyond_the_formats_limit_is_refused_though_the_file_is_as_large(
         b'{"a": {"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]}}',
         b'{"a": {"dtype": "F32", "shape": ["4"], "data_offsets": [0, 16]}}',
         b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [' + b"9" * 5000 + b", 16]}}",
+        b"", b" {}", b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"), b"null", b"{}{}", b'{"__metadata__": {"a": 1}}',
+        b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}',
+        b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}',
+        b'{"a": {"dtype": "F32", "shape": [true, 4], "data_offsets": [false, 16]}}',
+        b'{"a": {"dtype": "F32", "shape": {"4": 1}, "data_offsets": [0, 16]}}',
+        b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": "06"}}',
+        b'{"a": {"dtype": "F32", "shape": [4' + b", 1" * 8 + b'], "data_offsets": [0, 16]}}',
+        b'{"a": {"dtype": "F32", "shape": [4294967296, 4294967296], "data_offsets": [0, 16]}}',
+        b'{"a": {"dtype": "F32", "shape": [9223372036854775808], "data_offsets": [0, 16]}}',
+        b'{"a": {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]}}',
+        b'{"\\ud800": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}',
+        b'{"' + b"a" * 2000 + b'": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}',
     ],
+    ids=lambda header: repr(header[:60]),
 )  # fmt: skip
 def test_header_that_is_not_safetensors_is_refused(
     header: bytes, make_checkpoint: MakeCheckpoint, capsys: Capture
@@ -577,11 +595,12 @@ def move(name: str, begin: int, end: int) -> Callable[[dict[str, Any]], None]:
         (move("lm_head.weight", 4, 4), ["truncated", "lm_head.weight", "bytes"]),
         (move("lm_head.weight", 0, -4), ["`lm_head.weight` of 27932 bytes", "27936 bytes for float32 [97, 72]"]),
         (move("lm_head.weight", 27936, 0), ["`lm_head.weight` of 0 bytes", "27936 bytes for float32 [97, 72]"]),
-        (move("lm_head.weight", 1 << 70, 1 << 70), ["truncated", str((1 << 70) + 27936)[:6]]),
+        (move("lm_head.weight", 1 << 62, 1 << 62), ["truncated", str((1 << 62) + 27936)[:6]]),
+        (move("lm_head.weight", 1 << 70, 1 << 70), ["non-negative integers of 63 bits", "lm_head.weight"]),
         (lambda header: header.pop(LAST), [" unused bytes before ", "tensors without holes"]),
         (lambda header: header.pop("lm_head.weight"), ["nothing after the last tensor", "bytes"]),
     ],
-    ids=["overlap", "negative", "past-the-end", "short", "reversed", "huge", "hole", "rest"],
+    ids=["overlap", "negative", "past-the-end", "short", "reversed", "huge", "beyond", "hole", "rest"],
 )
 def test_offsets_that_do_not_tile_the_file_are_refused(
     change: Callable[[dict[str, Any]], object], parts: list[str], edit_header: Callable[..., Path], capsys: Capture
@@ -609,14 +628,18 @@ def test_damaged_header_is_refused_or_stays_inside_the_file(
     header_end = 8 + int.from_bytes(raw[:8], "little")
     for _ in range(edits):
         raw[rng.randrange(header_end)] = rng.choice(b'0123456789"[]{},:-eFBI \x00\xff')
-    damaged = tmp_path_factory.getbasetemp() / "damaged.safetensors"
-    damaged.write_bytes(raw)
-    try:
-        file, entries = read_safetensors_header(damaged)
-    except CheckpointError:
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(tiny_checkpoint / "config.json", folder / "config.json")
+    (folder / FILE).write_bytes(raw)
+    opened = refused_or(lambda: read_safetensors_header(folder / FILE))
+    if opened is None:
         return
+    file, entries = opened
     assert sum(entry.nbytes for entry in entries) < file.size
     assert all(0 < entry.offset <= entry.offset + entry.nbytes <= file.size for entry in entries)
+    whole = refused_or(lambda: load_checkpoint(folder))
+    assert whole is None or whole.tensors == load_checkpoint(tiny_checkpoint).tensors
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("I8", 1), ("I64", 8), ("F64", 8), ("F8_E4M3", 1), ("U8", 1)])
@@ -636,6 +659,36 @@ def test_dtype_that_is_not_exported_is_refused(
     )
 
 
+@patient
+@given(data=st.data())
+def test_hostile_values_in_header_index_or_config_are_refused_or_harmless(
+    data: st.DataObject, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "hostile"
+    if not folder.exists():
+        shutil.copytree(tiny_checkpoint, folder)
+        split_in_shards(folder)
+    sound = load_checkpoint(folder)
+    shard = folder / sound.files[0].name
+    target = data.draw(st.sampled_from([shard, folder / INDEX, folder / "config.json"]))
+    before = target.read_bytes()
+    header, rest = read_safetensors(target) if target == shard else (json.loads(before), b"")
+    path = data.draw(st.sampled_from(json_paths(header)))
+    raw = json.dumps(with_json_at(header, path, data.draw(hostile_json))).encode()
+    try:
+        if target == shard:
+            write_safetensors(target, raw, rest)
+        else:
+            target.write_bytes(raw)
+        opened = refused_or(lambda: load_checkpoint(folder))
+        if opened is not None:
+            assert list(opened.tensors) == list(expected_tensors(opened.config, opened.task))
+        if opened is not None and target != folder / "config.json":
+            assert (opened.tensors, opened.config) == (sound.tensors, sound.config)
+    finally:
+        target.write_bytes(before)
+
+
 def test_folder_in_place_of_a_shard_is_refused(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
     checkpoint = make_checkpoint()
     shard = split_in_shards(checkpoint)[1]
@@ -649,7 +702,17 @@ def test_folder_in_place_of_a_shard_is_refused(make_checkpoint: MakeCheckpoint, 
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.safetensors", "/etc/hostname", "sub/model.safetensors", "..", ".", "", "a\\b.safetensors", "a\0b"],
+    [
+        "../outside.safetensors",
+        "/etc/hostname",
+        "sub/model.safetensors",
+        "..",
+        ".",
+        "",
+        "a\\b.safetensors",
+        "a\0b",
+        "\ud800.safetensors",
+    ],
     ids=repr,
 )
 def test_index_that_points_out_of_its_folder_is_refused(
@@ -660,8 +723,9 @@ def test_index_that_points_out_of_its_folder_is_refused(
     weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
     write_index(checkpoint, {**weight_map, LAST: name})
     check_export_refused(
-        capsys, checkpoint, f"`{INDEX}` points out of its folder", name, "plain file names", str(checkpoint / INDEX)
-    )
+        capsys, checkpoint, f"`{INDEX}` points out of its folder", "plain file names", str(checkpoint / INDEX),
+        name.replace("\0", "\\x00").replace("\ud800", "\\ud800"),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "pytorch_model.bin"])
@@ -698,6 +762,152 @@ def test_tensor_stored_in_two_shards_is_refused(make_checkpoint: MakeCheckpoint,
     check_export_refused(
         capsys, checkpoint, f"tensor `{EMBEDDING}` is stored twice", f"first:  {first.name}", f"second: {second.name}"
     )
+
+
+# ---- files that are none, or lie elsewhere ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint_of_every_file(make_checkpoint: MakeCheckpoint) -> Path:
+    """Two shards, an index, a config and a tokenizer."""
+    checkpoint = make_checkpoint()
+    split_in_shards(checkpoint)
+    (checkpoint / "tokenizer.json").write_text("{}")
+    return checkpoint
+
+
+SHARD = "model-00002-of-00002.safetensors"
+EVERY = ["config.json", INDEX, SHARD, "tokenizer.json"]
+
+
+@pytest.mark.parametrize("how", ["relative", "absolute", "through-a-link", "dangling", "device"])
+@pytest.mark.parametrize("name", EVERY)
+def test_link_out_of_the_folder_is_refused(
+    name: str, how: str, checkpoint_of_every_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    checkpoint, secret = checkpoint_of_every_file, tmp_path / "secret"
+    (checkpoint / name).rename(secret)
+    if how == "through-a-link":
+        (checkpoint / "sub").symlink_to(tmp_path)
+    target = {
+        "relative": "../secret", "absolute": secret, "through-a-link": "sub/secret", "dangling": "../nothing",
+        "device": "/dev/zero",
+    }[how]  # fmt: skip
+    (checkpoint / name).symlink_to(target)
+    real = {"dangling": tmp_path / "nothing", "device": "/dev/zero"}.get(how, secret)
+    check_export_refused(
+        capsys, checkpoint, f"`{name}` is a symbolic link out of its folder", f"got:      {real}",
+        "a file in the folder, or in the blobs", "put the file itself there",
+    )  # fmt: skip
+
+
+def test_links_that_stay_in_the_folder_are_followed(checkpoint_of_every_file: Path) -> None:
+    whole = load_checkpoint(checkpoint_of_every_file)
+    (checkpoint_of_every_file / "files").mkdir()
+    for name in EVERY:
+        (checkpoint_of_every_file / name).rename(checkpoint_of_every_file / "files" / name)
+        (checkpoint_of_every_file / name).symlink_to(f"files/{name}")
+    assert load_checkpoint(checkpoint_of_every_file).tensors == whole.tensors
+
+
+def test_link_that_leads_to_itself_is_refused(checkpoint_of_every_file: Path, capsys: Capture) -> None:
+    (checkpoint_of_every_file / SHARD).unlink()
+    (checkpoint_of_every_file / SHARD).symlink_to(SHARD)
+    check_export_refused(capsys, checkpoint_of_every_file, f"weight file `{SHARD}` cannot be read", "symbolic links")
+
+
+@pytest.mark.parametrize(
+    "where", ["another-cache", "beside-the-blobs", "below-the-blobs", "blob-is-a-link", "no-cache"]
+)
+def test_hub_cache_has_one_way_out(where: str, checkpoint_of_every_file: Path, tmp_path: Path, capsys: Capture) -> None:
+    snapshot = linked_to_blobs(checkpoint_of_every_file, tmp_path / "hub")
+    shard, repo = snapshot / SHARD, snapshot.parents[1]
+    blob = shard.resolve()
+    other = {
+        "another-cache": tmp_path / "hub" / "models--c--d" / "blobs" / "x", "beside-the-blobs": repo / "x",
+        "below-the-blobs": repo / "blobs" / "sub" / "x",
+    }.get(where, tmp_path / "x")  # fmt: skip
+    other.parent.mkdir(parents=True, exist_ok=True)
+    if where == "no-cache":
+        repo.rename(tmp_path / "hub" / "llama")
+        shard = tmp_path / "hub" / "llama" / "snapshots" / "0123abcd" / "config.json"
+    elif where == "blob-is-a-link":
+        blob.rename(other)
+        blob.symlink_to(other)
+    else:
+        blob.rename(other)
+        shard.unlink()
+        shard.symlink_to(other)
+    check_refused(
+        capsys, tmp_path, ["export", shard.parent, "-o", tmp_path / "out"],
+        f"`{shard.name}` is a symbolic link out of its folder",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
+@pytest.mark.parametrize("name", [*EVERY, FILE])
+def test_what_is_no_file_is_refused_without_being_opened(
+    name: str,
+    kind: str,
+    checkpoint_of_every_file: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (checkpoint_of_every_file / name).unlink(missing_ok=True)
+    make_special(checkpoint_of_every_file / name, kind)
+    parts = [f"`{name}` "] + (["cannot be read"] if name.endswith(".safetensors") else ["is not a regular file"])
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        load_checkpoint(checkpoint_of_every_file)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_huge_json_is_refused_unread(
+    name: str, checkpoint_of_every_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    with (checkpoint_of_every_file / name).open("r+b") as stream:
+        stream.truncate(1 << 36)  # sparse
+    tracemalloc.start()
+    with pytest.raises(ConfigError) as caught:
+        load_checkpoint(checkpoint_of_every_file)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert f"`{name}` cannot be read as JSON" in str(caught.value)
+    assert f"{1 << 36} bytes, more than the 16000000" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b'{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "key 'a' stands twice"),
+        (b'{"weight_map": {}, "weight_map": {}}', "key 'weight_map' stands twice"),
+        (b'{"weight_map": ' + b"[" * 50_000, "recursion"),
+        (b"\xff\xfe{}", "utf-8"),
+        (b'{"weight_map": ' + b"9" * 5000 + b"}", "4300 digits"),
+    ],
+    ids=["shard-twice", "map-twice", "deep", "not-utf-8", "long-integer"],
+)
+def test_index_that_is_no_sound_json_is_refused(
+    raw: bytes, reason: str, checkpoint_of_every_file: Path, capsys: Capture
+) -> None:
+    (checkpoint_of_every_file / INDEX).write_bytes(raw)
+    check_export_refused(capsys, checkpoint_of_every_file, f"`{INDEX}` cannot be read as JSON", reason)
+
+
+def test_config_of_a_billion_layers_is_refused_in_no_time(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = make_checkpoint()
+    edit_json(checkpoint / "config.json", num_hidden_layers=10**9)
+    assert refused_or(lambda: load_checkpoint(checkpoint)) is None
+
+
+def test_names_in_errors_do_not_steer_the_terminal(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint()
+    header, rest = read_safetensors(checkpoint / FILE)
+    header["\x1b[2J\x9b1m"] = header.pop("model.norm.weight")
+    write_safetensors(checkpoint / FILE, header, rest)
+    check_export_refused(capsys, checkpoint, "unexpected: \\x1b[2J\\x9b1m")
 
 
 # ---- the tensors against the config -----------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def test_help_of_a_command_shows_its_argument_defaults_and_units(command: str, c
         "export": [
             "CHECKPOINT",
             "[auto|float32|float16|bfloat16]",
-            "[auto|link|copy]",
+            "[auto|link|copy|embed]",
             "[default: auto]",
             "-o, --output",
         ],
@@ -417,7 +417,7 @@ def test_error_with_json_is_a_document_too(tmp_path: Path, capsys: Capture) -> N
         (["run", "b", "--tokens", "1", "--max-new-tokens", "many"], "'many' is not a valid integer range"),
         (["run", "b", "--tokens", "1", "--threads", "1000000"], "1000000 is not in the range 1<=x<=4096"),
         (["export", "c", "--dtype", "float64"], "'float64' is not one of 'auto', 'float32', 'float16', 'bfloat16'"),
-        (["export", "c", "--weights", "embed"], "'embed' is not one of 'auto', 'link', 'copy'"),
+        (["export", "c", "--weights", "move"], "'move' is not one of 'auto', 'link', 'copy', 'embed'"),
         (["export", "c", "--task", "translation"], "'translation' is not one of 'auto', 'causal-lm'"),
         (["build", "b", "--backend", "onnx"], "'onnx' is not one of 'tensorrt-rtx', 'tensorrt'"),
         (["export", "c", "--gpu"], "No such option"),

@@ -818,11 +818,11 @@ def test_configs_are_frozen() -> None:
             setattr(config, field, "changed")
 
 
-@pytest.mark.parametrize("weights", ["embed", "Copy", ""])
+@pytest.mark.parametrize("weights", ["move", "Copy", ""])
 def test_unknown_weights_mode_is_refused(weights: Any) -> None:
     with pytest.raises(ConfigError, match="bad value for weights") as caught:
         ExportConfig(weights=weights)
-    assert caught.value.details == {"got": repr(weights), "expected": "auto | link | copy"}
+    assert caught.value.details == {"got": repr(weights), "expected": "auto | link | copy | embed"}
 
 
 @pytest.mark.parametrize(

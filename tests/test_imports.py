@@ -20,13 +20,15 @@ PACKAGE = Path(llama_export.__file__).parent
 ORDER = (
     ("__init__",),
     ("errors",),
-    ("_process", "environment"),
+    ("_process", "_files", "environment"),
+    ("_commit",),
     ("config",),
     ("checkpoint", "kv_cache"),
     ("graph_io",),
     ("ops",),
     ("model",),
     ("bundle",),
+    ("conversion", "embedded"),
     ("runtime",),
     ("export",),
     ("_plan", "_tensorrt"),
@@ -40,6 +42,8 @@ ORDER = (
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 BASE = (
     "errors",
+    "_files",
+    "_commit",
     "config",
     "kv_cache",
     "graph_io",

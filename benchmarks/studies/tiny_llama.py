@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 import sysconfig
 from functools import cache
@@ -107,9 +108,9 @@ def train(
 
 
 def checkpoint_with(folder: Path, **changes: Any) -> Path:
-    """tiny-llama with another ``config.json``: its weights by a link."""
+    """tiny-llama with another ``config.json``."""
     config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
-    (folder / "model.safetensors").symlink_to(CHECKPOINT / "model.safetensors")
+    shutil.copyfile(CHECKPOINT / "model.safetensors", folder / "model.safetensors")
     return folder

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_export.checkpoint import Checkpoint, TensorEntry, load_checkpoint
+from llama_export._files import is_plain_name
+from llama_export.checkpoint import Checkpoint, TensorEntry, check_files, load_checkpoint
+from llama_export.errors import CheckpointError
 from llama_export.model.heads import MODEL_CLASSES, LlamaForCausalLM, LlamaWithHead
 
 
@@ -38,7 +40,18 @@ def load_reference(
 
 
 def read_tensor(folder: Path, entry: TensorEntry) -> Tensor:
-    """One tensor of the checkpoint, memory-mapped (copy on write) in its stored dtype."""
+    """One tensor of the checkpoint, memory-mapped (copy on write) in its stored dtype.
+
+    Raises:
+        CheckpointError: the entry (of a graph that somebody made) names a file outside the folder, or no file.
+    """
+    if not is_plain_name(entry.file) or not (folder / entry.file).is_file():
+        raise CheckpointError(
+            f"tensor `{entry.name}` is said to lie in a file that is none of this folder's",
+            details={"folder": folder, "got": entry.file, "expected": "the name of a file in it"},
+            hint="do not use models from a source you do not trust",
+        )
+    check_files(folder, [entry.file], hub_cache=True, error=CheckpointError)
     dtype = getattr(torch, entry.dtype)
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=dtype)

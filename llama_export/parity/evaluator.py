@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from llama_export.checkpoint import TensorEntry
+from llama_export.embedded import ROTARY
 from llama_export.errors import ExportError
 from llama_export.model.loading import read_tensor
 from llama_export.ops import DOMAIN, OP_SPECS
@@ -224,6 +225,9 @@ class GraphEvaluator:
 
     def _read_initializer(self, item: onnx.TensorProto) -> Tensor:
         if item.data_location != onnx.TensorProto.EXTERNAL:
+            if item.data_type in _FLOATS and item.raw_data and not item.name.startswith(ROTARY):
+                weight = torch.frombuffer(bytearray(item.raw_data), dtype=_FLOATS[item.data_type]).reshape(*item.dims)
+                return weight if self._dtype is None else weight.to(self._dtype)
             array = onnx.numpy_helper.to_array(item)
             if item.data_type not in _FLOATS:
                 return torch.from_numpy(array.copy())

@@ -10,6 +10,8 @@ The custom op of a layer is changed by writing its function body into the graph 
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,14 +279,17 @@ def inject(bundle: Bundle, name: str, rng: np.random.Generator) -> Place:
 
 
 def copy_bundle(bundle: Bundle, folder: Path) -> Bundle:
-    """A copy whose graphs may be changed; weights are links, since the faults never touch them."""
+    """A copy whose graphs may be changed; weights are hard links where possible, since the faults never touch them."""
     from llama_export.bundle import load_bundle
 
     folder.mkdir(parents=True)
     for path in bundle.folder.iterdir():
         if path.is_file():
             if path.suffix == ".safetensors":
-                (folder / path.name).symlink_to(path.resolve())
+                try:
+                    os.link(path.resolve(), folder / path.name)
+                except OSError:
+                    shutil.copy2(path, folder / path.name)
             else:
                 (folder / path.name).write_bytes(path.read_bytes())
     return load_bundle(folder, ignore_hashes=True)

@@ -13,7 +13,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ import numpy as np
 from llama_export._process import trim_heap
 from llama_export.bundle import Bundle, sha256_of_file
 from llama_export.checkpoint import Checkpoint, load_checkpoint
+from llama_export.config import load_json_object
 from llama_export.engine import check_engine
-from llama_export.errors import LlamaExportError, MissingDependencyError
+from llama_export.errors import ConfigError, LlamaExportError, MissingDependencyError
 from llama_export.parity.metrics import Difference
 from llama_export.parity.result import LogitsSample, Stage, Tolerance
 from llama_export.plugins import find_library, kernels_installed
@@ -33,6 +34,7 @@ from llama_export.runtime.session import OpenGraph, open_graph
 try:
     import torch
 
+    from llama_export.embedded import differing_weights
     from llama_export.model import load_reference
     from llama_export.model.heads import LlamaWithHead
     from llama_export.parity.program import ReferenceProgram
@@ -81,6 +83,8 @@ class ValidateConfig:
     """A UTF-8 file for the stages on a text; None: they do not run."""
     cases: Path | None = None
     """Folder for the operations at fault with their inputs, one folder each; None: they are not saved."""
+    checkpoint: Path | None = None
+    """What the bundle was exported from, where its weights are embedded; None: it lies in the bundle's own folder."""
 
 
 class Validator:
@@ -90,6 +94,8 @@ class Validator:
         self.bundle = bundle
         self.config = config
         self.llama = bundle.config
+        self.folder = checkpoint_folder(bundle, config)
+        """Where the checkpoint lies: the bundle's own folder, unless its weights are embedded."""
 
     @property
     def follows_length(self) -> bool:
@@ -102,14 +108,8 @@ class Validator:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The bundle holds the checkpoint it came from; unknown config keys were vouched for at export."""
-        allowed = tuple(self._config_keys())
-        return load_checkpoint(self.bundle.folder, allowed, task=self.bundle.task)
-
-    def _config_keys(self) -> Iterator[str]:
-        from llama_export.config import load_json_object
-
-        yield from load_json_object(self.bundle.folder / "config.json")
+        """What the bundle came from."""
+        return _open_checkpoint(self.folder, self.bundle.task)
 
     @cached_property
     def program(self) -> ReferenceProgram:
@@ -136,7 +136,7 @@ class Validator:
         return self.llama.num_parameters * dtype.itemsize > _RESIDENT_BYTES
 
     def transformers_model(self, dtype: torch.dtype) -> Any:
-        """Hugging Face's eager model from the bundle's own files; a large causal LM reads its weights as it goes.
+        """Hugging Face's eager model from the checkpoint's files; a large causal LM reads its weights as it goes.
 
         Raises:
             NotRun: transformers refuses the checkpoint, so there is neither a peer nor a noise floor.
@@ -146,7 +146,7 @@ class Validator:
             try:
                 if self.bundle.task == "causal-lm" and self._is_large(dtype):
                     return streamed_causal_lm(transformers, self.checkpoint, dtype)
-                model = make(self.bundle.folder, dtype=dtype, attn_implementation="eager", local_files_only=True)
+                model = make(self.folder, dtype=dtype, attn_implementation="eager", local_files_only=True)
             except Exception as err:  # it validates configs by rules of its own, and raises what it likes
                 raise NotRun(f"transformers {transformers.__version__} does not load this checkpoint: {err}") from err
             return model.eval()
@@ -154,8 +154,52 @@ class Validator:
     def transformers_shell(self) -> Any:
         """Hugging Face's bare decoder without weights, for its config and its RoPE."""
         with _quiet_transformers() as transformers, torch.device("meta"):
-            config = transformers.AutoConfig.from_pretrained(self.bundle.folder, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(self.folder, local_files_only=True)
             return transformers.LlamaModel(config)
+
+
+def checkpoint_folder(bundle: Bundle, config: ValidateConfig) -> Path:
+    """Where the checkpoint lies that a bundle is held to: ``config.checkpoint``, or the bundle's own folder.
+
+    Raises:
+        ConfigError: the bundle holds no checkpoint and none is named; it holds one and another is named; or the one that
+            is named states another model than the manifest.
+        CheckpointError: see :func:`llama_export.checkpoint.load_checkpoint`.
+    """
+    if config.checkpoint is None:
+        if bundle.is_embedded and not any(bundle.folder.glob("*.safetensors")):
+            raise ConfigError(
+                "this bundle's weights are embedded, and the checkpoint to hold them to is not in its folder",
+                details={"bundle": bundle.folder, "missing": "*.safetensors"},
+                hint=f"name the folder it was exported from: llama-export validate {bundle.folder} --checkpoint DIR",
+            )
+        return bundle.folder
+    if not bundle.is_embedded:
+        raise ConfigError(
+            "this bundle holds the checkpoint that it is compared with",
+            details={"bundle": bundle.folder, "got": f"--checkpoint {config.checkpoint}", "expected": "no checkpoint"},
+            hint="leave --checkpoint out: it is for bundles with embedded weights",
+        )
+    got = _open_checkpoint(config.checkpoint, bundle.task).config
+    changed = [item.name for item in fields(got) if getattr(got, item.name) != getattr(bundle.config, item.name)]
+    if changed:
+        raise ConfigError(
+            "the checkpoint's config is not that of the bundle",
+            details={
+                "checkpoint": config.checkpoint,
+                "got": ", ".join(f"{name}: {getattr(got, name)}" for name in changed),
+                "expected": ", ".join(f"{name}: {getattr(bundle.config, name)}" for name in changed),
+            },
+            hint="name the folder that this bundle was exported from",
+        )
+    return config.checkpoint
+
+
+def _open_checkpoint(folder: Path, task: str) -> Checkpoint:
+    """Unknown config keys were vouched for at export."""
+    path = folder / "config.json"
+    allowed = tuple(load_json_object(path)) if path.is_file() else ()
+    return load_checkpoint(folder, allowed, task=task)
 
 
 @contextmanager
@@ -358,7 +402,10 @@ def some_layers(num_layers: int) -> list[int]:
 
 def weight_hashes(v: Validator) -> Stage:
     """Every byte of the weight files. The reference reads the same files as the graph, so no comparison of numbers would show a
-    flipped bit; and opening a bundle compares content only where the modification time differs."""
+    flipped bit; and opening a bundle compares content only where the modification time differs. Weights inside the ONNX files
+    are compared with the checkpoint's."""
+    if v.bundle.is_embedded:
+        return _embedded_weights(v)
     recorded = {entry["file"]: entry["sha256"] for entry in v.bundle.manifest["weights"] if "sha256" in entry}
     if not recorded:
         raise NotRun("the manifest holds no content hashes; make them with `llama-export export --hash-weights`")
@@ -368,6 +415,19 @@ def weight_hashes(v: Validator) -> Stage:
         reason=f"{', '.join(changed)}: the content is not what was exported" if changed else "every byte of every weight file is what was exported",
         metrics={"error": len(changed), "files": len(recorded)},
         tolerance=Tolerance(value=0, metric="error", why="a file is either the same or not"),
+    )  # fmt: skip
+
+
+def _embedded_weights(v: Validator) -> Stage:
+    """Every byte of the weights that the two graphs hold."""
+    paths = (v.bundle.model_path, v.bundle.onnxruntime_path)
+    differing = [f"{path.name}: {name}" for path in paths for name in differing_weights(path, v.checkpoint)]
+    shown = ", ".join(differing[:4]) + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
+    return Stage(
+        name="bundle/weights", verdict="fail" if differing else "pass",
+        reason=f"not the checkpoint's: {shown}" if differing else "every byte of the weights inside both ONNX files is the checkpoint's",
+        metrics={"error": len(differing), "tensors": len(paths) * len(v.checkpoint.tensors)},
+        tolerance=Tolerance(value=0, metric="error", why="a tensor is either the same or not"),
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from llama_export.bundle import (
     sha256_of_file,
     write_error,
 )
-from llama_export.checkpoint import TOKENIZER_FILES
+from llama_export.checkpoint import INDEX_NAME, TOKENIZER_FILES, Checkpoint
 from llama_export.config import load_json_object
 from llama_export.parity.evaluator import needed_nodes
 
@@ -33,7 +33,7 @@ _CACHE = re.compile(r"(?:past_key_values|present)\.(\d+)\.(?:key|value)")
 
 
 @contextmanager
-def first_layers(bundle: Bundle, count: int) -> Iterator[Bundle]:
+def first_layers(bundle: Bundle, count: int, *, checkpoint: Checkpoint | None = None) -> Iterator[Bundle]:
     """A bundle of the first ``count`` decoder layers with the model's own norm and head; gone after use.
 
     It lies inside the bundle's folder, so that hard links to the weights are possible; where they are not, the weights are
@@ -42,6 +42,7 @@ def first_layers(bundle: Bundle, count: int) -> Iterator[Bundle]:
     Args:
         bundle: a causal LM, in whatever state its graphs are: they are cut, not made anew.
         count: 1 to ``num_hidden_layers``.
+        checkpoint: what the prefix is held to, if its files may lie elsewhere than in the bundle's folder.
 
     Raises:
         ToolchainError: no space. ExportError: the folder cannot be written to.
@@ -51,6 +52,8 @@ def first_layers(bundle: Bundle, count: int) -> Iterator[Bundle]:
         remove_stale_staging(bundle.folder)
         folder.mkdir()
         _write(bundle, count, folder)
+        if checkpoint is not None:
+            _add_weights(checkpoint, folder)
         yield load_bundle(folder, ignore_hashes=True)
     except OSError as err:
         raise write_error(err, folder) from err
@@ -78,6 +81,14 @@ def _write(bundle: Bundle, count: int, folder: Path) -> None:
             shutil.copyfile(bundle.folder / name, folder / name)
         else:  # weights, and whatever else the graph points into
             _place((bundle.folder / name).resolve(), folder / name)
+
+
+def _add_weights(checkpoint: Checkpoint, folder: Path) -> None:
+    """What a bundle with embedded weights does not hold itself."""
+    for name in [*(file.name for file in checkpoint.files), INDEX_NAME]:
+        source = checkpoint.folder / name
+        if source.exists() and not (folder / name).exists():
+            _place(source.resolve(), folder / name)
 
 
 def _place(source: Path, target: Path) -> None:

@@ -179,7 +179,7 @@ def layer_of_artefact(v: CausalValidator, artefact: Artefact, rows: Rows, dtype:
     """The layer that makes a compiled artefact wrong, by prefixes."""
 
     def passes(count: int) -> bool:
-        with first_layers(v.bundle, count) as bundle:
+        with first_layers(v.bundle, count, checkpoint=v.checkpoint) as bundle:
             return is_right(v.of_prefix(bundle), artefact, rows, dtype)
 
     return first_failing_layer(passes, v.llama.num_hidden_layers)

@@ -139,7 +139,7 @@ class CausalValidator(TextValidator):
 
     def of_prefix(self, bundle: Bundle) -> CausalValidator:
         """The same for the first layers of this bundle."""
-        prefix = CausalValidator(bundle, replace(self.config, text=None, cases=None))
+        prefix = CausalValidator(bundle, replace(self.config, text=None, cases=None, checkpoint=None))
         tensors = expected_tensors(bundle.config)
         kept = {name: entry for name, entry in self.checkpoint.tensors.items() if name in tensors}
         prefix.checkpoint = replace(self.checkpoint, folder=bundle.folder, config=bundle.config, tensors=kept)

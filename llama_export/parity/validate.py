@@ -79,7 +79,8 @@ def stages_of(
     """What a bundle's stages share, and name -> stage, by its task.
 
     Raises:
-        ConfigError: the model's longest sequence is too short for ``config``; or its text cannot be used, or means nothing to the task.
+        ConfigError: the model's longest sequence is too short for ``config``; or its text cannot be used, or means nothing to the task;
+            see also :func:`llama_export.parity.judge.checkpoint_folder`.
         ShapeError: the tokenizer is another model's.
     """
     if INTERFACES[bundle.task].has_cache:
@@ -106,10 +107,13 @@ def _name(bundle: Bundle) -> str:
 
 
 def _command(bundle: Bundle, config: ValidateConfig) -> str:
-    """What reproduces the report, from the folder that holds the bundle and the text."""
+    """What reproduces the report, from the folder that holds the bundle, the text and the checkpoint."""
     seed = ["--seed", str(config.seed)] if config.seed else []
     text = [] if config.text is None else ["--text", config.text.name]
-    return shlex.join(["llama-export", "validate", _name(bundle), "--steps", str(config.steps), *seed, *text])
+    checkpoint = [] if config.checkpoint is None else ["--checkpoint", config.checkpoint.resolve().name]
+    return shlex.join(
+        ["llama-export", "validate", _name(bundle), "--steps", str(config.steps), *seed, *text, *checkpoint]
+    )
 
 
 def run_stage(name: str, run: Callable[[Any], Stage | list[Stage]], validator: Validator) -> list[Stage]:
