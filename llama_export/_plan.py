@@ -13,6 +13,12 @@ graph per profile as text, where a cache in both lists is one buffer, updated in
     descriptors {
       tensor={ alignment=16 dims={ "__mye3606_proxy.1" 2 512 64 } ... name="present.0.key.1" ... type=half }
 
+A weight that is an input has a ``tensor`` line too; ``sub_tensor`` lines are views of it, and a product that names such a
+view reads the weight where it lies::
+
+  sub_tensor={ base="lm_head.weight.1" dims={ 768 32000 } name="__mye5788^deref" ... strides={ 1 768 } type=float }
+  fully_connected={ name="lm_head/MatMul" output={"logits.1" } input={"__mye5781^deref" "__mye5788^deref" ... } ... }
+
 A plugin layer lies outside these graphs, or within one, but always with a record of its own: tagged strings (64-bit
 length twice, text) that give its input tensors, output tensors, name, op type, version, namespace, then each field's
 name, type and bytes, and ``V3ONE``. There is one record per layer and profile. The plan does not say that a plugin's
@@ -24,10 +30,11 @@ The format is undocumented, so only the versions it was seen in are read. Used b
 
 from __future__ import annotations
 
+import hashlib
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +80,9 @@ def read_plan(
         attributes: op -> attribute -> value of every plugin layer of the op.
 
     Returns:
-        ``compute_capabilities`` and ``forward_compatible``, and the differences.
+        ``compute_capabilities``, ``forward_compatible``, ``weights_copied_per_run`` (weights that are inputs and that
+        TensorRT brings into another layout in every run, which costs time) and ``compiled_graphs_sha256`` (equal for two
+        builds of one network, whose plans differ in the order of a table), and the differences.
     """
     problems = []
     suffixes = _suffixes(sidecar)
@@ -100,12 +109,20 @@ def read_plan(
                 problems.append(f"the {profile} profile has no graph that writes the cache")
             else:
                 problems += [f"{profile}: {problem}" for problem in _graph_problems(graph, caches, suffix, sidecar)]
+    weights = sidecar["weights"]["tensors"]
+    problems += _weight_problems(graphs, weights, sidecar)
     targets = {name for graph in main for name in re.findall(r"sm(\d+)", _line(graph, "accelerators"))}
     forward = {_line(graph, "hardware_forward_compatibility") for graph in main}
     if not targets:
         problems.append("the plan names no GPU")
     capabilities = [f"{int(target) // 10}.{int(target) % 10}" for target in sorted(targets, key=int)]
-    return {"compute_capabilities": capabilities, "forward_compatible": forward == {"1"}}, problems
+    facts = {
+        "compute_capabilities": capabilities,
+        "forward_compatible": forward == {"1"},
+        "weights_copied_per_run": _copied_weights(graphs, {entry["name"] for entry in weights}),
+        "compiled_graphs_sha256": hashlib.sha256("\0".join(sorted(graphs)).encode()).hexdigest(),
+    }
+    return facts, problems
 
 
 # ---- plugin layers ----------------------------------------------------------------------------------------------
@@ -220,6 +237,55 @@ def _plugin_cache_problems(
                     if list(dims[1:]) != entry["shape"][1:]:
                         problems.append(f"{profile}: `{tensor}` is {list(dims)}, expected {entry['shape']}")
     return problems
+
+
+# ---- weights that are inputs ------------------------------------------------------------------------------------
+
+_VIEW_LINE = re.compile(r'^  sub_tensor=\{ base="([^"]*)".*? name="([^"]*)"', re.MULTILINE)
+_STEP_LINE = re.compile(r'^  (\w+)=\{ name="?([^" ]*)"? .*?\b(?:args|input_args|input)=\{(.*?)\}', re.MULTILINE)
+_READERS = ("fully_connected", "custom_layer", "runtime_fusion", "function")
+"""Steps that compute: products, plugins, and kernels that TensorRT wrote for a group of layers."""
+_KERNEL = re.compile(r"__myl_((?:[A-Z][a-z0-9]*)+)")
+_ONLY_MOVES = {"Move", "Conc", "Tran", "Resh", "Cast", "Slic"}
+"""Words in the name of a kernel that moves data and computes nothing."""
+_PROFILE = re.compile(r"( \[profile \d+\])?\.1$")
+"""What the plan appends to a tensor's name."""
+
+
+def _weight_problems(
+    graphs: Sequence[str], weights: Sequence[Mapping[str, Any]], sidecar: Mapping[str, Any]
+) -> list[str]:
+    """Every weight is an input of every profile, with its shape and dtype."""
+    if not weights:
+        return []
+    inputs = {name for graph in graphs for name in re.findall(r'"([^"]*)"', _line(graph, "inputs"))}
+    tensors = {
+        match[2]: (match[1].split(), match[3]) for graph in graphs for match in _TENSOR_LINE.finditer(graph)
+        if match[2] in inputs
+    }  # fmt: skip
+    problems = []
+    for profile, suffix in _suffixes(sidecar).items():
+        for entry in weights:
+            dims, dtype = tensors.get(f"{entry['name']}{suffix}.1", ([], "none"))
+            if dims != [str(dim) for dim in entry["shape"]] or dtype != _TYPES[entry["dtype"]]:
+                expected = f"{entry['dtype']} {entry['shape']}"
+                problems.append(f"{profile}: weight `{entry['name']}` is {dtype} {dims}, expected {expected}")
+    return problems
+
+
+def _copied_weights(graphs: Sequence[str], names: Collection[str]) -> list[str]:
+    """Weights that a step reads which only moves data, sorted."""
+    copied = set()
+    for graph in graphs if names else ():
+        views = {match[2]: match[1] for match in _VIEW_LINE.finditer(graph)}
+        for kind, step, arguments in _STEP_LINE.findall(graph):
+            kernel = _KERNEL.match(step)
+            words = set(re.findall(r"[A-Z][a-z0-9]*", kernel[1])) if kernel else {"computes"}
+            if kind in _READERS and words - _ONLY_MOVES:
+                continue
+            read = (views.get(name, name) for name in re.findall(r'"([^"]*)"', arguments))
+            copied |= {name for name in (_PROFILE.sub("", item) for item in read) if name in names}
+    return sorted(copied)
 
 
 # ---- graphs in text ---------------------------------------------------------------------------------------------

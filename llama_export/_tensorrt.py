@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -233,6 +234,23 @@ def progress_monitor(trt: Any, progress: Progress) -> Any:
             self._steps.pop(phase_name, None)
 
     return Monitor()
+
+
+def cuda_major(backend: str) -> int | None:
+    """Major version of the CUDA that the installed libraries of a backend were made for, by the name of their package."""
+    pattern = re.compile(rf"{backend}[-_]cu(\d+)(?:[-_]libs)?", re.IGNORECASE)
+    names = (distribution.metadata["Name"] or "" for distribution in importlib.metadata.distributions())
+    found = {int(match[1]) for name in names if (match := pattern.fullmatch(name.replace("_", "-")))}
+    return max(found, default=None)
+
+
+def driver_cuda_version() -> tuple[int, int] | None:
+    """The newest CUDA that the installed driver runs, (13, 0); None without a driver."""
+    driver = _load_driver()
+    version = ctypes.c_int(0)
+    if driver is None or driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def execution_blocker(backend: str) -> str | None:

@@ -25,7 +25,7 @@ import click
 
 from llama_export import __version__
 from llama_export._process import collector_paused
-from llama_export.config import BACKENDS, DTYPES, TASKS, WEIGHTS_MODES, EngineConfig, ExportConfig
+from llama_export.config import BACKENDS, DTYPES, ENGINE_WEIGHTS, TASKS, WEIGHTS_MODES, EngineConfig, ExportConfig
 from llama_export.errors import ConfigError, LlamaExportError, ShapeError, ToolchainError
 
 if TYPE_CHECKING:
@@ -129,24 +129,57 @@ def export(
     help="KV-cache capacity.  [default: min(max_position_embeddings, 4096)]",
 )
 @click.option("--max-batch", type=int, default=4, metavar="ROWS", help="Largest batch.")
+@click.option(
+    "--weights", type=click.Choice(ENGINE_WEIGHTS), default="constant",
+    help="Inside the engine; or taken from BUNDLE's files when it is loaded (input: an engine of a few MB that `refit` gives "
+    "to other fine-tunes); or stripped and put back at load (needs a GPU to build).",
+)  # fmt: skip
+@click.option(
+    "--profiles", type=click.Choice(["1", "2"]), default="2",
+    help="2: kernels for prefill and for decode. 1: one set, half the size and build time.",
+)  # fmt: skip
+@click.option(
+    "--compute-capability", "compute_capabilities", multiple=True, metavar="MAJOR.MINOR",
+    help="GPU to compile for; may be repeated.  [default: one engine for all that TensorRT-RTX supports]",
+)  # fmt: skip
+@click.option("--version-compatible", is_flag=True, help="Let later versions of the backend load the engine.")
 @click.option("--tf32", is_flag=True, help="Let float32 matrix products round their inputs to TF32.")
 @click.option("--force", is_flag=True, help="Replace an engine of the same name.")
 @_ignore_hashes
 @_json_flag
 def build(
-    bundle: Path, backend: Any, ops: str, max_seq_len: int | None, max_batch: int, tf32: bool, force: bool,
-    ignore_hashes: bool, as_json: bool,
+    bundle: Path, backend: Any, ops: str, max_seq_len: int | None, max_batch: int, weights: Any, profiles: str,
+    compute_capabilities: tuple[str, ...], version_compatible: bool, tf32: bool, force: bool, ignore_hashes: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Build a TensorRT engine from BUNDLE. Needs no GPU."""
     from llama_export.bundle import load_bundle
     from llama_export.engine import build_engine
 
     config = EngineConfig(
-        backend=backend, ops=ops, max_seq_len=max_seq_len, max_batch=max_batch, tf32=tf32, force=force
-    )
+        backend=backend, ops=ops, max_seq_len=max_seq_len, max_batch=max_batch, weights=weights, profiles=int(profiles),
+        compute_capabilities=compute_capabilities, version_compatible=version_compatible, tf32=tf32, force=force,
+    )  # fmt: skip
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
     with _progress("steps") as progress:
         result = build_engine(opened, config, log=_log, progress=progress)
+    _print(dataclasses.asdict(result), as_json, result.engine)
+
+
+@cli.command()
+@click.argument("engine", type=_PATH)
+@click.argument("bundle", type=_PATH)
+@click.option("--force", is_flag=True, help="Replace an engine of the same name.")
+@_ignore_hashes
+@_json_flag
+def refit(engine: Path, bundle: Path, force: bool, ignore_hashes: bool, as_json: bool) -> None:
+    """Give ENGINE, built with --weights input, the weights of BUNDLE: another fine-tune of the same model.
+
+    Writes it into BUNDLE/engines; builds nothing.
+    """
+    from llama_export.bundle import load_bundle
+    from llama_export.refit import refit_engine
+
+    result = refit_engine(engine, load_bundle(bundle, ignore_hashes=ignore_hashes), force=force, log=_log)
     _print(dataclasses.asdict(result), as_json, result.engine)
 
 
@@ -468,9 +501,14 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def inspect(path: Path, as_json: bool) -> None:
     """Show what a bundle, or an engine file, is made of."""
     if path.suffix == ".engine":
-        from llama_export.engine import inspect_engine
+        from rich.console import Console
 
-        data = inspect_engine(path)
+        from llama_export.inspection import describe_engine, print_engine
+
+        data = describe_engine(path)
+        if not as_json:
+            print_engine(data, Console())
+            return
     else:
         from llama_export.bundle import load_bundle
 

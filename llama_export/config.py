@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ TASKS: tuple[str, ...] = get_args(Task)
 TASK = "causal-lm"
 Backend = Literal["tensorrt-rtx", "tensorrt"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+EngineWeights = Literal["constant", "input", "stripped"]
+ENGINE_WEIGHTS: tuple[str, ...] = get_args(EngineWeights)
 WeightsMode = Literal["auto", "link", "copy", "embed"]
 WEIGHTS_MODES: tuple[str, ...] = get_args(WeightsMode)
 CUSTOM_OPS = ("LlamaRMSNorm", "LlamaAddRMSNorm", "LlamaAttention", "LlamaMaskedAttention")
@@ -501,6 +504,16 @@ class EngineConfig:
     """Largest batch of the prefill and decode profiles, rows."""
     tf32: bool = False
     """Let float32 matrix products round their inputs to TF32 (10 bits). Off: float32 means float32."""
+    weights: EngineWeights = "constant"
+    """``constant``: inside the engine. ``input``: bound at load from the bundle's safetensors files, so that the engine
+    holds none and serves every fine-tune of the model. ``stripped``: left out, put back at load (needs a GPU to build)."""
+    profiles: int = 2
+    """Optimization profiles of a causal LM. 2: one for prefill, one for decode. 1: the first serves both, in half the
+    build time and half the engine, by kernels chosen for the shapes of a prefill."""
+    compute_capabilities: tuple[str, ...] = ()
+    """GPUs to compile for, e.g. ``8.9``; empty: what the backend does by itself, for TensorRT-RTX one engine for all."""
+    version_compatible: bool = False
+    """Let later versions of the backend load the engine."""
     force: bool = False
     """Replace an engine of the same name."""
 
@@ -508,6 +521,11 @@ class EngineConfig:
         _check(self.backend in BACKENDS, "backend", self.backend, " | ".join(BACKENDS))
         _check(self.max_seq_len is None or self.max_seq_len >= 2, "max_seq_len", self.max_seq_len, "at least 2 tokens")
         _check(1 <= self.max_batch < 2**31, "max_batch", self.max_batch, "at least 1 row, fewer than 2^31")
+        _check(self.weights in ENGINE_WEIGHTS, "weights", self.weights, " | ".join(ENGINE_WEIGHTS))
+        _check(self.profiles in (1, 2), "profiles", self.profiles, "1 | 2")
+        for capability in self.compute_capabilities:
+            well_formed = re.fullmatch(r"[1-9]\d?\.\d", capability) is not None
+            _check(well_formed, "compute_capability", capability, "major.minor, for example 8.9")
         native = _native_ops(self.ops)
         spelling = "native" if len(native) == len(CUSTOM_OPS) else ",".join(f"{op}=native" for op in sorted(native))
         object.__setattr__(self, "ops", spelling or "plugin")

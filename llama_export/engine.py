@@ -24,9 +24,11 @@ Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
+import shlex
 import shutil
 import time
 from collections import Counter
@@ -36,10 +38,11 @@ from pathlib import Path
 from typing import Any
 
 from llama_export import __version__, plugins
-from llama_export._commit import commit
+from llama_export._commit import commit, finish_commit
 from llama_export._plan import is_readable, read_plan
 from llama_export._process import peak_rss_bytes
 from llama_export._tensorrt import (
+    cuda_major,
     ensure_core_library_name,
     execution_blocker,
     gpu_compute_capability,
@@ -58,7 +61,15 @@ from llama_export.bundle import (
     write_atomically,
     write_error,
 )
+from llama_export.checkpoint import TensorEntry
 from llama_export.config import CUSTOM_OPS, EngineConfig, LlamaConfig, float32_value, load_json_object
+from llama_export.engine_weights import (
+    bundle_tensors,
+    make_weights_inputs,
+    network_sha256,
+    require_stored_dtype,
+    weights_record,
+)
 from llama_export.errors import (
     ArtifactMismatchError,
     ConfigError,
@@ -82,7 +93,7 @@ __all__ = [
     "installed_plugins",
 ]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Of the sidecar."""
 DEFAULT_CAPACITY = 4096
 """Cache capacity in tokens when none is asked for and the model allows more."""
@@ -113,6 +124,8 @@ class EngineResult:
     ops: str
     plugin_layers: Mapping[str, int]
     """op -> layers of our plugins; empty for ``native``."""
+    weights: str
+    """``constant`` | ``input`` | ``stripped``"""
     bytes: int
     """Size of the engine file."""
     seconds: float
@@ -147,6 +160,16 @@ class EngineFacts:
     """Later GPUs that the backend supports run it too."""
     tf32: bool
     """Whether float32 products round their inputs to TF32."""
+    weights: str
+    """``constant`` | ``input`` | ``stripped``: where the weights are."""
+    weight_tensors: tuple[Mapping[str, Any], ...]
+    """With ``input``, name, dtype, shape, file, offset and nbytes of each; else empty."""
+    profiles: tuple[str, ...]
+    """Names of the optimization profiles, in the engine's order."""
+    version_compatible: bool
+    """Later versions of the backend may load it."""
+    cuda_major: int | None
+    """CUDA version that the backend was made for; None if its packages do not say."""
     not_checked: tuple[str, ...]
     """What could not be looked at, and why; empty when everything was."""
 
@@ -163,6 +186,7 @@ class EngineFacts:
             "plugin_layers": ", ".join(f"{count} {op}" for op, count in self.plugin_layers.items()) or "none",
             "compute_capabilities": " ".join(self.compute_capabilities)
             + (" and later ones it supports" if self.forward_compatible else ""),
+            "weights": self.weights,
             "not_checked": "; ".join(self.not_checked),
         }
 
@@ -205,33 +229,39 @@ def build_engine(
         raise ConfigError(
             f"engine `{target.name}` exists", details={"got": ", ".join(existing)}, hint="pass --force to replace it"
         )
+    tensors = bundle_tensors(bundle) if config.weights != "constant" else []
+    if config.weights == "input":
+        require_stored_dtype(bundle, tensors)
     trt = load_backend(config.backend)
-    if config.backend == "tensorrt" and (blocker := execution_blocker(config.backend)) is not None:
-        raise ToolchainError(
-            "TensorRT builds on the GPU it builds for", details={"reason": blocker}, hint="--backend tensorrt-rtx"
-        )
+    _check_buildable(config)
     onnx = load_onnx(config.backend)
     plugin_ops = config.plugin_ops & bundle.ops
     library = plugins.find_library() if plugin_ops else None
+    if library is not None:
+        for compute_capability in config.compute_capabilities:
+            plugins.check_chip(library, compute_capability)
 
     start = time.perf_counter()
     log(
         f"build: {config.backend} {trt.__version__}, {config.ops} ops, {bundle.dtype}, "
-        f"{bundle.task}, up to {capacity} tokens, batch 1..{max_batch(bundle, config)}"
+        f"{bundle.task}, up to {capacity} tokens, batch 1..{max_batch(bundle, config)}, weights {config.weights}"
     )
     messages = message_log(trt)
     builder = trt.Builder(messages)
     if library is not None:
         _load_plugins(trt, library, bundle, config)
     proto = tensorrt_proto(onnx, bundle, capacity, plugin_ops)
+    if config.weights == "input":
+        make_weights_inputs(onnx, proto, tensors)
     # The parser keeps weights by reference into memory that it owns, so it must live as long as the network.
     network, parser = _parse(trt, builder, proto, bundle.model_path, messages, library)
-    layers, plugin_layers = _check_network(trt, network, proto, bundle, capacity, plugin_ops)
+    inputs = weight_io(tensors) if config.weights == "input" else []
+    layers, plugin_layers = _check_network(trt, network, proto, bundle, capacity, plugin_ops, inputs)
     log(f"build: parsed {network.num_layers} layers in {time.perf_counter() - start:.1f} s, network checked")
     if library is not None:
         counts = ", ".join(f"{count} {op}" for op, count in plugin_layers.items())
         log(f"build: plugin layers: {counts}; library {library.version}")
-    profiles = engine_profiles(bundle, capacity, max_batch(bundle, config))
+    profiles = engine_profiles(bundle, capacity, max_batch(bundle, config), config.profiles)
     plan = _serialize(trt, builder, network, config, plugin_ops, profiles, messages, progress)
     del parser
     seconds = time.perf_counter() - start
@@ -247,8 +277,15 @@ def build_engine(
         "onnx_sha256": sha256_of_file(bundle.model_path),
         "engine_sha256": hashlib.sha256(plan).hexdigest(),
         "bytes": plan.nbytes,
+        "model": dict(bundle.manifest["model"]),
         "task": bundle.task,
         "dtype": bundle.dtype,
+        "weights": {
+            "mode": config.weights,
+            "bytes": sum(entry.nbytes for entry in tensors),
+            "tensors": weights_record(tensors) if config.weights == "input" else [],
+        },
+        "network_sha256": network_sha256(proto) if config.weights == "input" else None,
         "max_seq_len": capacity,
         "kv_cache_capacity": capacity if INTERFACES[bundle.task].has_cache else None,
         "max_batch": max_batch(bundle, config),
@@ -259,9 +296,13 @@ def build_engine(
             "tf32": config.tf32,
             "strongly_typed": True,
             "decomposable_attention": may_decompose(bundle.dtype, plugin_ops),
+            "version_compatible": config.version_compatible,
         },
+        "cuda_major": cuda_major(config.backend),
         "compute_capabilities": [],
         "forward_compatible": False,
+        "weights_copied_per_run": [],
+        "compiled_graphs_sha256": None,
         "build_seconds": round(seconds, 3),
     }
     if is_readable(sidecar):
@@ -275,16 +316,29 @@ def build_engine(
         sidecar |= facts
     else:
         sidecar["compute_capabilities"] = [gpu_compute_capability()]
+    asked = sorted(config.compute_capabilities, key=float)
+    if asked and sidecar["compute_capabilities"] != asked:
+        raise EngineBuildError(
+            "the builder compiled for other GPUs than it was asked for",
+            details={"got": ", ".join(sidecar["compute_capabilities"]), "expected": ", ".join(asked)},
+            hint="this is a bug or an untested TensorRT version: see `llama-export env`",
+        )
     if library is not None:
         for compute_capability in sidecar["compute_capabilities"]:
             plugins.check_chip(library, compute_capability)
-    _write(target, plan, sidecar)
+    if copied := sidecar["weights_copied_per_run"]:
+        log(
+            f"build: TensorRT brings {', '.join(copied)} into another layout in every run; --weights constant does it once "
+            "(a vocabulary that is a multiple of 8 and plugin ops avoid it)"
+        )
+    write_engine(target, plan, sidecar)
     log(f"build: done in {seconds:.1f} s, {plan.nbytes:,} bytes, {ENGINES_NAME}/{target.name}")
     return EngineResult(
         engine=str(target),
         backend=config.backend,
         ops=config.ops,
         plugin_layers=plugin_layers,
+        weights=config.weights,
         bytes=plan.nbytes,
         seconds=round(seconds, 3),
         peak_rss_bytes=peak_rss_bytes(),
@@ -321,10 +375,14 @@ def engine_name(bundle: Bundle, config: EngineConfig, capacity: int) -> str:
     ``c`` is the capacity of a cache, ``s`` the longest text of a head without one.
     """
     longest = f"{'c' if INTERFACES[bundle.task].has_cache else 's'}{capacity}"
-    tf32 = "-tf32" if config.tf32 else ""
     native = sorted(set(CUSTOM_OPS) - config.plugin_ops)
     ops = config.ops if config.ops in ("plugin", "native") else f"plugin-without-{'-'.join(native)}"
-    return f"{bundle.dtype}-{ops}-{longest}-b{max_batch(bundle, config)}{tf32}.{config.backend}.engine"
+    parts = [bundle.dtype, ops, longest, f"b{max_batch(bundle, config)}"]
+    parts += ["p1"] if config.profiles == 1 and INTERFACES[bundle.task].has_cache else []
+    parts += [f"weights-{config.weights}"] if config.weights != "constant" else []
+    parts += [f"cc{capability}" for capability in config.compute_capabilities]
+    parts += [flag for flag, on in (("vc", config.version_compatible), ("tf32", config.tf32)) if on]
+    return f"{'-'.join(parts)}.{config.backend}.engine"
 
 
 def engine_io(bundle: Bundle, capacity: int) -> list[dict[str, Any]]:
@@ -335,8 +393,19 @@ def engine_io(bundle: Bundle, capacity: int) -> list[dict[str, Any]]:
     ]
 
 
-def engine_profiles(bundle: Bundle, capacity: int, max_batch: int) -> Profiles:
-    """Shapes the engine serves: ``prefill`` any S and N (up to :data:`MAX_LOGITS`), ``decode`` S = N = 1; ``texts`` any S."""
+def weight_io(entries: Sequence[TensorEntry]) -> list[dict[str, Any]]:
+    """Inputs that are weights, in the words of :func:`engine_io`."""
+    return [
+        {"name": entry.name, "kind": "input", "dtype": entry.dtype, "shape": list(entry.shape), "alias_of": None}
+        for entry in entries
+    ]
+
+
+def engine_profiles(bundle: Bundle, capacity: int, max_batch: int, count: int = 2) -> Profiles:
+    """Shapes the engine serves: ``prefill`` any S and N (up to :data:`MAX_LOGITS`), ``decode`` S = N = 1; ``texts`` any S.
+
+    With ``count`` 1 there is no ``decode``: ``prefill`` holds its shapes too.
+    """
     config = bundle.config
     if not INTERFACES[bundle.task].has_cache:
         texts = [[1, 1], [1, min(capacity, 128)], [max_batch, capacity]]
@@ -354,10 +423,11 @@ def engine_profiles(bundle: Bundle, capacity: int, max_batch: int) -> Profiles:
             **{past: cache for past, _ in cache_names(config.num_hidden_layers)},
         }
 
-    return {
+    profiles = {
         PREFILL: shapes((1, min(capacity, 128), capacity), (1, 1, min(capacity, MAX_LOGITS))),
         DECODE: shapes((1, 1, 1), (1, 1, 1)),
     }
+    return profiles if count == 2 else {PREFILL: profiles[PREFILL]}
 
 
 def expected_layers(bundle: Bundle, plugin_ops: Collection[str]) -> dict[str, int]:
@@ -416,6 +486,7 @@ def tensorrt_proto(onnx: Any, bundle: Bundle, capacity: int, plugin_ops: Collect
     the parser prefers plugins to bodies for the whole graph or not at all.
     """
     proto = onnx.load(str(bundle.model_path), load_external_data=False)
+    _check_weight_files(proto, bundle)
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param == CAPACITY:
@@ -435,6 +506,41 @@ def tensorrt_proto(onnx: Any, bundle: Bundle, capacity: int, plugin_ops: Collect
                     # TensorRT's own attribute; onnx.checker refuses it, so it is never in the file.
                     node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
     return proto
+
+
+def _check_weight_files(proto: Any, bundle: Bundle) -> None:
+    """TensorRT opens whatever file a graph names: only those of the manifest, which are checked, may be named."""
+    known = {entry["file"] for entry in bundle.manifest["weights"]}
+    named = {
+        item.value for tensor in proto.graph.initializer for item in tensor.external_data if item.key == "location"
+    }
+    if not named <= known:
+        raise ArtifactMismatchError(
+            "the graph reads files that are not in the manifest",
+            details={
+                "bundle": bundle.folder,
+                "got": ", ".join(sorted(named - known)),
+                "expected": ", ".join(sorted(known)),
+            },
+            hint="export again; do not use bundles from a source you do not trust",
+        )
+
+
+def _check_buildable(config: EngineConfig) -> None:
+    """What this machine cannot build is refused before a graph is read."""
+    needs_gpu = None
+    if config.backend == "tensorrt":
+        needs_gpu = ("TensorRT builds on the GPU it builds for", "--backend tensorrt-rtx")
+    elif config.weights == "stripped":
+        needs_gpu = ("an engine without its weights is built on a GPU", "--weights input needs none")
+    if needs_gpu is not None and (blocker := execution_blocker(config.backend)) is not None:
+        raise ToolchainError(needs_gpu[0], details={"reason": blocker}, hint=needs_gpu[1])
+    if config.backend == "tensorrt" and config.compute_capabilities:
+        raise ConfigError(
+            "full TensorRT builds for the GPU it runs on",
+            details={"got": f"--compute-capability {', '.join(config.compute_capabilities)}"},
+            hint="build on that GPU, or use --backend tensorrt-rtx",
+        )
 
 
 def _load_plugins(trt: Any, library: plugins.PluginLibrary, bundle: Bundle, config: EngineConfig) -> None:
@@ -499,8 +605,9 @@ def _parser_error(error: Any) -> str:
 
 
 def _check_network(
-    trt: Any, network: Any, proto: Any, bundle: Bundle, capacity: int, plugin_ops: Collection[str]
-) -> tuple[dict[str, int], dict[str, int]]:
+    trt: Any, network: Any, proto: Any, bundle: Bundle, capacity: int, plugin_ops: Collection[str],
+    weight_inputs: Sequence[Mapping[str, Any]] = (),
+) -> tuple[dict[str, int], dict[str, int]]:  # fmt: skip
     """The parsed network against the config: the last place where every layer can still be seen.
 
     Returns:
@@ -517,7 +624,7 @@ def _check_network(
     ]
     plugin_layers, plugin_problems = _plugin_problems(trt, layers, proto, bundle, plugin_ops)
     problems += plugin_problems
-    problems += _io_problems(network, engine_io(bundle, capacity))
+    problems += _io_problems(network, [*engine_io(bundle, capacity), *weight_inputs])
     attention_problems = _cache_problems if INTERFACES[bundle.task].has_cache else _mask_problems
     problems += attention_problems(trt, layers, bundle, plugin_ops)
     if problems:
@@ -711,6 +818,11 @@ def _serialize(
         settings.set_flag(trt.BuilderFlag.TF32)
     else:
         settings.clear_flag(trt.BuilderFlag.TF32)
+    _set_targets(trt, settings, config)
+    if config.weights == "stripped":
+        settings.set_flag(trt.BuilderFlag.STRIP_PLAN)  # implies that it can be refitted
+    if config.version_compatible:
+        settings.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if _ATTENTION in plugin_ops:
         _check_aliasing(builder, network, settings, messages)
         settings.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
@@ -723,9 +835,33 @@ def _serialize(
         raise EngineBuildError(
             "TensorRT's builder refused the network",
             details=numbered("message", messages.lines()),
-            hint=_NO_KERNEL if "dedicated kernel" in "".join(messages.lines()) else "see the messages above",
+            hint=next(
+                (hint for text, hint in _REFUSALS.items() if text in "".join(messages.lines())),
+                "see the messages above",
+            ),
         )
     return plan
+
+
+def _set_targets(trt: Any, settings: Any, config: EngineConfig) -> None:
+    """The GPUs to compile for; none asked for leaves the backend's own choice."""
+    if not config.compute_capabilities:
+        return
+    known = {name: getattr(trt.ComputeCapability, name) for name in dir(trt.ComputeCapability) if name.startswith("SM")}
+    names = [f"SM{capability.replace('.', '')}" for capability in sorted(config.compute_capabilities, key=float)]
+    unknown = [
+        capability for capability in config.compute_capabilities if f"SM{capability.replace('.', '')}" not in known
+    ]
+    if unknown:
+        served = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in sorted(known, key=lambda name: int(name[2:])))
+        raise ConfigError(
+            f"{config.backend} {trt.__version__} does not compile for compute capability {', '.join(unknown)}",
+            details={"got": ", ".join(unknown), "expected": served},
+            hint="choose among these; `nvidia-smi --query-gpu=compute_cap --format=csv` tells a GPU's",
+        )
+    settings.num_compute_capabilities = len(names)
+    for index, name in enumerate(names):
+        settings.set_compute_capability(known[name], index)
 
 
 _ALIASING_REFUSED = "Aliased I/O used by plugin"
@@ -751,12 +887,16 @@ def _check_aliasing(builder: Any, network: Any, settings: Any, messages: Any) ->
     messages.kept = [line for line in messages.kept if _ALIASING_REFUSED not in line]
 
 
-_NO_KERNEL = (
-    "TensorRT has no 16-bit attention kernel for this shape: export with --dtype float32, or build with --max-batch 2"
-)
+_REFUSALS = {
+    "dedicated kernel": "TensorRT has no 16-bit attention kernel for this shape: export with --dtype float32, or build "
+    "with --max-batch 2",
+    "libnvinfer_lean": "leave --version-compatible out: the lean runtime that such an engine carries is not installed",
+    "Turing": "compute capability 7.5 has no kernels for this: leave it out, or try --dtype float16",
+}
+"""What TensorRT says -> what to do."""
 
 
-def _write(target: Path, plan: Any, sidecar: Mapping[str, Any]) -> None:
+def write_engine(target: Path, plan: Any, sidecar: Mapping[str, Any]) -> None:
     """Both files appear together, or the old ones stay, whenever this is killed: see :mod:`llama_export._commit`."""
     folder = target.parent
     is_new = not folder.exists()
@@ -790,6 +930,8 @@ def inspect_engine(path: Path) -> dict[str, Any]:
         ArtifactMismatchError: no sidecar, a broken one, or another file.
     """
     sidecar_path = path.with_suffix(".json")
+    with contextlib.suppress(OSError):  # a folder that cannot be written to: what is there is checked as it is
+        finish_commit(path.parent)
     for needed in (path, sidecar_path):
         if not needed.is_file():
             raise ArtifactMismatchError(f"`{needed.name}` is missing", details={"folder": path.parent}, hint=REBUILD)
@@ -812,6 +954,17 @@ def inspect_engine(path: Path) -> dict[str, Any]:
 
 
 REBUILD = "build again: llama-export build BUNDLE --force"
+
+
+def rebuild_command(sidecar: Mapping[str, Any], bundle: Path) -> str:
+    """The command that builds an engine like this one again, for a bundle and for the machine it is given on."""
+    words = ["llama-export", "build", str(bundle), "--backend", sidecar["backend"], "--ops", sidecar["ops"]]
+    words += ["--max-seq-len", str(sidecar["max_seq_len"]), "--max-batch", str(sidecar["max_batch"])]
+    words += ["--weights", sidecar["weights"]["mode"]] if sidecar["weights"]["mode"] != "constant" else []
+    words += ["--profiles", "1"] if set(sidecar["profiles"]) == {PREFILL} else []
+    words += ["--tf32"] if sidecar["settings"]["tf32"] else []
+    words += ["--version-compatible"] if sidecar["settings"]["version_compatible"] else []
+    return shlex.join([*words, "--force"])
 
 
 def check_engine(bundle: Bundle, engine_path: Path) -> EngineFacts:
@@ -861,6 +1014,11 @@ def check_engine(bundle: Bundle, engine_path: Path) -> EngineFacts:
             compute_capabilities=tuple(sidecar["compute_capabilities"]),
             forward_compatible=sidecar["forward_compatible"],
             tf32=sidecar["settings"]["tf32"],
+            weights=sidecar["weights"]["mode"],
+            weight_tensors=tuple(sidecar["weights"]["tensors"]),
+            profiles=tuple(sidecar["profiles"]),
+            version_compatible=sidecar["settings"]["version_compatible"],
+            cuda_major=sidecar["cuda_major"],
             not_checked=tuple(not_checked),
         )
     except (ConfigError, ShapeError, KeyError, TypeError, AttributeError, ValueError) as err:
@@ -880,6 +1038,9 @@ def _sidecar_problems(sidecar: Mapping[str, Any], bundle: Bundle, engine_path: P
         max_seq_len=capacity,
         max_batch=sidecar["max_batch"],
         tf32=sidecar["settings"]["tf32"],
+        weights=sidecar["weights"]["mode"],
+        profiles=1 if set(sidecar["profiles"]) == {PREFILL} else 2,
+        version_compatible=sidecar["settings"]["version_compatible"],
     )
     plugin_ops = settings.plugin_ops & bundle.ops
     expected: dict[str, object] = {
@@ -891,15 +1052,17 @@ def _sidecar_problems(sidecar: Mapping[str, Any], bundle: Bundle, engine_path: P
         "kv_cache_capacity": capacity if INTERFACES[bundle.task].has_cache else None,
         "max_batch": max_batch(bundle, settings),
         "io": engine_io(bundle, capacity),
-        "profiles": engine_profiles(bundle, capacity, settings.max_batch),
+        "profiles": engine_profiles(bundle, capacity, settings.max_batch, settings.profiles),
         "plugin_layers": expected_plugin_layers(bundle, plugin_ops),
         "settings": {
             "tf32": settings.tf32,
             "strongly_typed": True,
             "decomposable_attention": may_decompose(bundle.dtype, plugin_ops),
+            "version_compatible": settings.version_compatible,
         },
     }
-    problems = [
+    problems = _weights_problems(sidecar["weights"], bundle)
+    problems += [
         f"{key}: got {sidecar[key]}, expected {value}" for key, value in expected.items() if sidecar[key] != value
     ]
     library = sidecar["plugin_library"]
@@ -914,6 +1077,20 @@ def _sidecar_problems(sidecar: Mapping[str, Any], bundle: Bundle, engine_path: P
         if sidecar["layers"].get(name, 0) != count
     ]
     return problems
+
+
+def _weights_problems(recorded: Mapping[str, Any], bundle: Bundle) -> list[str]:
+    """Whether the weights that an engine takes as inputs lie where its sidecar says."""
+    if recorded["mode"] != "input":
+        return []
+    expected = {entry["name"]: entry for entry in weights_record(bundle_tensors(bundle))}
+    got = {entry["name"]: entry for entry in recorded["tensors"]}
+    wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+    return (
+        [f"weight {wrong[0]}: got {got.get(wrong[0])}, the bundle has {expected.get(wrong[0])}; {len(wrong)} differ"]
+        if wrong
+        else []
+    )
 
 
 def library_problems(sidecar: Mapping[str, Any], library: plugins.PluginLibrary) -> list[str]:

@@ -10,7 +10,7 @@ Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 
 from llama_export import plugins
 from llama_export._tensorrt import (
+    driver_cuda_version,
     execution_blocker,
     gpu_compute_capability,
     load_backend,
     load_cuda_runtime,
+    load_onnx,
     message_log,
 )
 from llama_export.bundle import Bundle
@@ -32,17 +34,60 @@ from llama_export.engine import (
     PREFILL,
     REBUILD,
     TEXTS,
+    EngineFacts,
     check_engine,
     engine_io,
-    engine_profiles,
+    inspect_engine,
     numbered,
+    rebuild_command,
+    tensorrt_proto,
+    weight_io,
 )
+from llama_export.engine_weights import bundle_tensors
 from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError, ToolchainError
 from llama_export.graph_io import INTERFACES
 from llama_export.kv_cache import cache_names, cache_shape
 from llama_export.runtime.session import Float32Array, Int64Array, checked_texts
 
 __all__ = ["EngineHeadSession", "EngineSession", "execution_blocker"]
+
+
+def check_machine(facts: EngineFacts, backend_version: str, engine_path: Path, bundle: Bundle) -> None:
+    """The engine against this machine's GPU, driver and TensorRT, before TensorRT loads it.
+
+    Raises:
+        ArtifactMismatchError: all differences, and the command that builds one for this machine.
+    """
+    problems = {}
+    gpu = gpu_compute_capability()
+    served = ", ".join(facts.compute_capabilities)
+    later = facts.forward_compatible and float(gpu) > float(facts.compute_capabilities[0])
+    if gpu not in facts.compute_capabilities and not later:
+        expected = f"{served}, or later" if facts.forward_compatible else served
+        problems["GPU"] = f"got compute capability {gpu}, the engine was compiled for {expected}"
+    if not _loads(facts, backend_version):
+        allowed = " or later" if facts.version_compatible else ""
+        problems["TensorRT"] = (
+            f"got {facts.backend} {backend_version}, the engine needs {facts.backend_version}{allowed}"
+        )
+    driver = driver_cuda_version()
+    if facts.cuda_major is not None and driver is not None and driver[0] < facts.cuda_major:
+        problems["CUDA"] = (
+            f"got a driver for CUDA {driver[0]}.{driver[1]}, the engine needs {facts.cuda_major}.0 or later"
+        )
+    if problems:
+        raise ArtifactMismatchError(
+            "the engine was not built for this machine",
+            details={"engine": engine_path, **problems},
+            hint=f"build one for it: {rebuild_command(inspect_engine(engine_path), bundle.folder)}"
+            + ("; a driver is updated with `apt install` or from nvidia.com/drivers" if "CUDA" in problems else ""),
+        )
+
+
+def _loads(facts: EngineFacts, version: str) -> bool:
+    """Whether a version of the backend loads the engine: its own, or any later one of the same major version if allowed."""
+    got, built = (tuple(int(part) for part in text.split(".")[:3]) for text in (version, facts.backend_version))
+    return got == built or (facts.version_compatible and got[0] == built[0] and got > built)
 
 
 class LoadedEngine:
@@ -72,6 +117,7 @@ class LoadedEngine:
                 hint="run it on a machine with a GPU that the backend supports; `llama-export run` uses the CPU",
             )
         trt, self._cuda = load_backend(self.facts.backend), load_cuda_runtime(self.facts.backend)
+        check_machine(self.facts, trt.__version__, engine_path, bundle)
         self._messages = message_log(trt)
         self._runtime = trt.Runtime(self._messages)
         if self.facts.plugin_library is not None:
@@ -81,15 +127,26 @@ class LoadedEngine:
         self._engine = self._runtime.deserialize_cuda_engine(engine_path.read_bytes())
         self.require(self._engine is not None, "load the engine")
         self._check_io(bundle)
-        self._profiles = list(engine_profiles(bundle, self.facts.max_seq_len, self.facts.max_batch))
+        if self.facts.weights == "stripped":
+            self._put_weights_back(trt, bundle)
         self._context = self._engine.create_execution_context()
         self.require(self._context is not None, "create an execution context")
         self._stream = self.call("cudaStreamCreate")
+        self._profile: str | None = None
+        self._weights = [entry["name"] for entry in self.facts.weight_tensors]
+        for entry in self.facts.weight_tensors:
+            self._load_weight(bundle.folder, entry)
 
     def select_profile(self, name: str) -> None:
-        """Chooses the optimization profile of the next run; all tensors must be bound again."""
-        selected = self._context.set_optimization_profile_async(self._profiles.index(name), int(self._stream))
+        """Chooses the optimization profile of the next run; inputs and outputs must be bound again, weights are."""
+        name = name if name in self.facts.profiles else self.facts.profiles[0]
+        if name == self._profile:
+            return
+        selected = self._context.set_optimization_profile_async(self.facts.profiles.index(name), int(self._stream))
         self.require(selected, f"select the {name} profile")
+        for weight in self._weights:
+            self.bind(weight, self._buffers[weight][0])
+        self._profile = name
 
     def feed(self, name: str, values: NDArray[Any]) -> None:
         """Copies an int64 input to the device and binds it."""
@@ -165,10 +222,31 @@ class LoadedEngine:
     def __del__(self) -> None:
         self.close()
 
+    def _load_weight(self, folder: Path, entry: Mapping[str, Any]) -> None:
+        """Copies one weight from its file, which is mapped, to the device."""
+        file = np.memmap(folder / entry["file"], np.uint8, "r")
+        host = file[entry["offset"] : entry["offset"] + entry["nbytes"]]
+        address = self.address(entry["name"], host.nbytes)
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpy", address, host.ctypes.data, host.nbytes, kind)
+
+    def _put_weights_back(self, trt: Any, bundle: Bundle) -> None:
+        """Refits a stripped engine from the graph that it was built from."""
+        refitter = trt.Refitter(self._engine, self._messages)
+        parser = trt.OnnxParserRefitter(refitter, self._messages)
+        backend, plugin_ops = self.facts.backend, set(self.facts.plugin_layers)
+        proto = tensorrt_proto(load_onnx(backend), bundle, self.facts.max_seq_len, plugin_ops)
+        parsed = parser.refit_from_bytes(proto.SerializeToString(), str(bundle.model_path.resolve()))
+        self.require(parsed, "read the weights from the graph")
+        self.require(refitter.refit_cuda_engine(), "put the weights back into the engine")
+
     def _check_io(self, bundle: Bundle) -> None:
         """The loaded engine's own word on what the plan's bytes could only suggest."""
         names = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
-        expected = {entry["name"]: entry["alias_of"] for entry in engine_io(bundle, self.facts.max_seq_len)}
+        tensors = engine_io(bundle, self.facts.max_seq_len)
+        if self.facts.weights == "input":
+            tensors += weight_io(bundle_tensors(bundle))
+        expected = {entry["name"]: entry["alias_of"] for entry in tensors}
         problems = [f"tensors {sorted(names ^ set(expected))}"] if names != set(expected) else []
         for name, past in expected.items():
             if past is not None and name in names and self._engine.get_aliased_input_tensor(name) != past:

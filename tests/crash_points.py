@@ -114,7 +114,7 @@ class Scenario:
 
 def write_engine(target: Path, content: str) -> int:
     """What ``build`` does last."""
-    engine._write(target, content.encode() * 1000, {"content": content})
+    engine.write_engine(target, content.encode() * 1000, {"content": content})
     return 0
 
 

@@ -9,14 +9,19 @@ from typing import Any
 import numpy as np
 
 from llama_export.bundle import Bundle
+from llama_export.engine_weights import bundle_tensors, make_weights_inputs
 
 
 class FakeDriver:
-    """libcuda with one GPU of a given compute capability, or an error code from ``cuInit``."""
+    """libcuda with one GPU of a given compute capability, or an error code from ``cuInit``; ``cuda`` is 13000 for CUDA 13."""
 
-    def __init__(self, major: int = 0, minor: int = 0, error: int = 0) -> None:
+    def __init__(self, major: int = 0, minor: int = 0, error: int = 0, cuda: int = 13000) -> None:
         self.values = {75: major, 76: minor}
-        self.error = error
+        self.error, self.cuda = error, cuda
+
+    def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802
+        version._obj.value = self.cuda
+        return 0
 
     def cuInit(self, flags: int) -> int:  # noqa: N802
         return self.error
@@ -69,10 +74,19 @@ class FakeEngine:
     """Engine and execution context in one: computes with onnxruntime on what it is bound to, within its profiles."""
 
     def __init__(self, bundle: Bundle, sidecar: dict[str, Any]) -> None:
+        import onnx
         import onnxruntime
 
-        self.session = onnxruntime.InferenceSession(str(bundle.model_path), providers=["CPUExecutionProvider"])
-        self.io, self.profiles = sidecar["io"], list(sidecar["profiles"].values())
+        model = onnx.load(str(bundle.model_path), load_external_data=False)
+        self.weights = {entry["name"]: tuple(entry["shape"]) for entry in sidecar["weights"]["tensors"]}
+        if self.weights:
+            make_weights_inputs(onnx, model, bundle_tensors(bundle))
+            source: Any = model.SerializeToString()
+        else:
+            source = str(bundle.model_path)
+        self.session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+        inputs = [{**entry, "kind": "input", "alias_of": None} for entry in sidecar["weights"]["tensors"]]
+        self.io, self.profiles = sidecar["io"] + inputs, list(sidecar["profiles"].values())
         self.num_io_tensors = len(self.io)
         self.used_profiles: list[int] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -109,7 +123,8 @@ class FakeEngine:
 
     def execute_async_v3(self, stream: int) -> bool:
         inputs = [entry for entry in self.io if entry["kind"] == "input"]
-        feeds = {e["name"]: self.array(e["name"], self.shapes[e["name"]], e["dtype"]).copy() for e in inputs}
+        shapes = {**self.shapes, **self.weights}
+        feeds = {e["name"]: self.array(e["name"], shapes[e["name"]], e["dtype"]).copy() for e in inputs}
         outputs = [entry for entry in self.io if entry["kind"] == "output"]
         for entry, value in zip(outputs, self.session.run([e["name"] for e in outputs], feeds), strict=True):
             if entry["alias_of"] is not None and self.addresses[entry["name"]] != self.addresses[entry["alias_of"]]:

@@ -33,7 +33,19 @@ from llama_export.parity import validate
 from llama_export.parity.result import ParityReport, Stage
 
 Capture = pytest.CaptureFixture[str]
-COMMANDS = ("export", "build", "run", "validate", "reproduce", "report diff", "bench", "inspect", "plugins", "env")
+COMMANDS = (
+    "export",
+    "build",
+    "run",
+    "validate",
+    "reproduce",
+    "report diff",
+    "bench",
+    "inspect",
+    "plugins",
+    "refit",
+    "env",
+)
 HEAVY = (
     "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings",
     "polygraphy", "transformers", "matplotlib", "cuda", "numpy", "tokenizers", "rich", "jinja2",
@@ -194,6 +206,7 @@ def test_help_of_a_command_shows_its_argument_defaults_and_units(command: str, c
         "report diff": ["OLD NEW", "--factor TIMES", "[default: 2.0; x>=1]", "--markdown FILE", "exit code 5"],
         "bench": ["BUNDLE", "--prompt-tokens TOKENS", "[default: 128; x>=1]"],
         "inspect": ["PATH"],
+        "refit": ["ENGINE BUNDLE", "--weights input", "--force"],
         "plugins": ["[tensorrt-rtx|tensorrt]", "creators"],
         "env": ["versions"],
     }[command]
@@ -323,22 +336,25 @@ def test_build_prints_the_keys_of_the_contract(bundle: Path, capsys: Capture, mo
             backend=config.backend,
             ops="native",
             plugin_layers={},
+            weights=config.weights,
             bytes=5,
             seconds=0.5,
             peak_rss_bytes=7,
         )
 
     monkeypatch.setattr(engine, "build_engine", build)
-    options = ["--max-seq-len", "64", "--max-batch", "2", "--tf32", "--force"]
+    options = ["--max-seq-len", "64", "--max-batch", "2", "--tf32", "--force", "--weights", "input", "--profiles", "1"]
+    options += ["--compute-capability", "8.9", "--compute-capability", "12.0", "--version-compatible"]
     assert main(["build", str(bundle), *options, "--json"]) == 0
     captured = capsys.readouterr()
     assert document(captured.out) == {
-        "engine": "x.engine", "backend": "tensorrt-rtx", "ops": "native", "plugin_layers": {}, "bytes": 5,
+        "engine": "x.engine", "backend": "tensorrt-rtx", "ops": "native", "plugin_layers": {}, "weights": "input", "bytes": 5,
         "seconds": 0.5, "peak_rss_bytes": 7,
     }  # fmt: skip
     assert captured.err == "build: one stage\n"
     assert seen == {
         "backend": "tensorrt-rtx", "ops": "plugin", "max_seq_len": 64, "max_batch": 2, "tf32": True, "force": True,
+        "weights": "input", "profiles": 1, "compute_capabilities": ("8.9", "12.0"), "version_compatible": True,
         "bundle": bundle,
     }  # fmt: skip
     assert main(["build", str(bundle)]) == 0

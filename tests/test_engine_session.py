@@ -57,7 +57,8 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> PutOnGpu:
     def put(bundle: Bundle, path: Path) -> FakeEngine:
         fake = FakeEngine(bundle, inspect_engine(path))
         runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: fake if data == path.read_bytes() else None)
-        module = SimpleNamespace(ILogger=trt.ILogger, Runtime=lambda log: runtime)
+        module = SimpleNamespace(ILogger=trt.ILogger, Runtime=lambda log: runtime, __version__=trt.__version__)
+        monkeypatch.setattr(_tensorrt, "_load_driver", lambda: FakeDriver(8, 9))
         monkeypatch.setattr(engine_session, "load_backend", lambda backend: module)
         monkeypatch.setattr(engine_session, "load_cuda_runtime", lambda backend: FakeCuda())
         monkeypatch.setattr(engine_session, "execution_blocker", lambda backend: None)

@@ -30,11 +30,12 @@ ORDER = (
     ("bundle",),
     ("conversion", "embedded"),
     ("runtime",),
+    ("repeat",),
     ("export",),
     ("_plan", "_tensorrt"),
-    ("plugins",),
+    ("plugins", "engine_weights"),
     ("engine",),
-    ("engine_session",),
+    ("engine_session", "refit", "inspection"),
     ("parity",),
     ("cli",),
     ("__main__",),
@@ -42,6 +43,7 @@ ORDER = (
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 BASE = (
     "errors",
+    "_process",
     "_files",
     "_commit",
     "config",
@@ -139,11 +141,11 @@ def test_engine_modules_import_their_libraries_when_they_are_needed(unit: str) -
 @pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("*.py")), ids=lambda path: path.stem)
 def test_reference_model_knows_neither_onnx_nor_tensorrt(path: Path) -> None:
     assert not outside(path, deep=True) & (HEAVY - {"torch"})
-    assert own_units(path, deep=True) <= {"config", "checkpoint", "errors", "kv_cache", "ops", "__init__"}
+    assert own_units(path, deep=True) <= {"_files", "config", "checkpoint", "errors", "kv_cache", "ops", "__init__"}
 
 
 def test_command_line_imports_only_light_modules_of_the_package() -> None:
-    assert own_units(PACKAGE / "cli.py", deep=False) == {"__init__", "config", "errors"}
+    assert own_units(PACKAGE / "cli.py", deep=False) == {"__init__", "_process", "config", "errors"}
 
 
 def test_parity_results_and_metrics_need_no_torch() -> None:
