@@ -107,10 +107,14 @@ class Case:
     runs: int = 3
     weights: str | None = None
     """Of an engine, ``constant`` or ``input``; None: an export."""
+    profiles: int = 2
+    """Of an engine: one for prefill and one for decode, or one for both."""
 
     @property
     def name(self) -> str:
-        return f"export {self.model}" if self.weights is None else f"engine {self.model}, weights {self.weights}"
+        if self.weights is None:
+            return f"export {self.model}"
+        return f"engine {self.model}, weights {self.weights}" + (", 1 profile" if self.profiles == 1 else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,10 +156,12 @@ ENGINES = [
         model="1.2b-bfloat16", weights="constant",
         targets={"seconds": 15.0, "peak_rss_gb": round(2 * MODELS["1.2b-bfloat16"].weight_bytes / 1e9, 2)},
     ),
+    Case(model="1.2b-bfloat16", weights="constant", profiles=1, targets={}),
     Case(
         model="1.2b-bfloat16-hollow", weights="input",
         targets={"seconds": 10.0, "peak_rss_gb": 1.0, "engine_bytes": 20_000_000},
     ),
+    Case(model="1.2b-bfloat16-hollow", weights="input", profiles=1, targets={}),
     Case(model="8b-bfloat16", weights="input", targets={"seconds": 30.0, "peak_rss_gb": 2.0}),
     Case(model="70b-bfloat16", weights="input", targets={"seconds": 90.0, "peak_rss_gb": 4.0}),
 ]  # fmt: skip
@@ -296,7 +302,8 @@ def measure_engine(case: Case, runs: int | None) -> dict[str, Any]:
 def build_command(bundle: Path, case: Case) -> list[str]:
     """``llama-export build``; constant weights are its default."""
     weights = [] if case.weights == "constant" else ["--weights", str(case.weights)]
-    return [sys.executable, "-m", "llama_export", "build", str(bundle), *weights, "--force", "--json"]
+    profiles = ["--profiles", "1"] if case.profiles == 1 else []
+    return [sys.executable, "-m", "llama_export", "build", str(bundle), *weights, *profiles, "--force", "--json"]
 
 
 def complaint(process: Process) -> str:

@@ -8,12 +8,36 @@ import gc
 import resource
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that this process can still take without swapping: the system's, capped by its control group; None if unknown."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        found = int(text.partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        return None
+    return min([found, *_group_headrooms()])
+
+
+_GROUP = Path("/sys/fs/cgroup")
+_GROUP_FILES = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+"""Limit and use below the mount point: control groups of version 2, and of version 1."""
+
+
+def _group_headrooms() -> list[int]:
+    found = []
+    for limit, used in _GROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            found.append(int((_GROUP / limit).read_text()) - int((_GROUP / used).read_text()))
+    return found
 
 
 def trim_heap() -> None:

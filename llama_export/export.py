@@ -468,16 +468,49 @@ def _reference_weights(graph: ir.Graph, checkpoint: Checkpoint, dtype: ir.DataTy
             shape=ir.Shape(entry.shape),
             const_value=_external(entry, stored),
         )
-        cast = ir.node("Cast", [source], attributes={"to": dtype.value}, name=f"{entry.name}/Cast")
-        cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = (
-            f"{entry.name}/cast",
-            value.type,
-            value.shape,
-        )
-        # Just before its first reader: whoever runs the nodes in order holds one widened weight, not all of them.
-        graph.insert_before(min(value.consumers(), key=order.__getitem__), cast)
-        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
         graph.register_initializer(source)
+        for reader in value.consumers():
+            if reader.op_type == "Gather" and reader.inputs[0] is value:
+                _cast_rows(graph, reader, source, dtype)
+        if value.consumers():
+            cast = _cast(source, f"{entry.name}/cast", dtype, f"{entry.name}/Cast")
+            graph.insert_before(_place_of_cast(value, order), cast)
+            ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+
+
+def _cast(source: ir.Value, name: str, dtype: ir.DataType, node_name: str) -> ir.Node:
+    node = ir.node("Cast", [source], attributes={"to": dtype.value}, name=node_name)
+    output = node.outputs[0]
+    output.name, output.type = name, ir.TensorType(dtype)
+    output.shape = None if source.shape is None else source.shape.copy()
+    return node
+
+
+def _cast_rows(graph: ir.Graph, gather: ir.Node, source: ir.Value, dtype: ir.DataType) -> None:
+    """Casts the rows that a lookup takes, not the table: 4 GB in every step of a model with 128256 x 8192 entries."""
+    rows = gather.outputs[0]
+    name, readers = str(rows.name), list(rows.uses())
+    gather.replace_input_with(0, source)
+    rows.name, rows.type = f"{name}/stored", source.type
+    cast = _cast(rows, name, dtype, f"{str(gather.name).partition('/')[0]}/Cast")
+    graph.insert_after(gather, cast)
+    for use in readers:
+        use.node.replace_input_with(use.idx, cast.outputs[0])
+
+
+def _place_of_cast(value: ir.Value, order: Mapping[ir.Node, int]) -> ir.Node:
+    """The node that the cast of a weight stands before, so that few widened weights are alive at a time.
+
+    Whoever runs the nodes as they stand wants it just before its first reader. onnxruntime orders them anew: of a product's
+    two factors it first computes all that leads to the one whose node stands later. Where that is the weight, the cast of
+    every ``down_proj`` runs before anything else. So the cast stands before the node that makes the other factor.
+    """
+    reader = min(value.consumers(), key=order.__getitem__)
+    product = reader
+    if reader.op_type == "Transpose":
+        (product,) = reader.outputs[0].consumers()
+    factor = product.inputs[0].producer() if product.op_type == "MatMul" and product.inputs[0] is not None else None
+    return reader if factor is None else factor
 
 
 def _external(entry: TensorEntry, dtype: ir.DataType) -> ir.ExternalTensor:

@@ -41,7 +41,9 @@ def test_every_value_the_tracer_named_is_known_and_equal(tmp_path: Path, seed: i
     converter_made = {node.name for node in evaluator.graph.node}  # what torch.onnx added is named after its node
     written = {name for node in evaluator.graph.node for name in node.output}
     unknown = written - set(names.values()) - converter_made
-    assert all(name.endswith(("/sym_size_int", "model.norm/new_residual", "/cast")) for name in unknown), unknown
+    assert all(name.endswith(("/sym_size_int", "model.norm/new_residual", "/cast", "/stored")) for name in unknown), (
+        unknown
+    )
     errors = {
         name: relative_error(got, want)
         for name, got, want in tensor_errors(

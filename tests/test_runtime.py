@@ -16,6 +16,7 @@ import torch
 from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_llama import write_random_checkpoint
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from llama_export.bundle import Bundle, load_bundle
@@ -24,6 +25,7 @@ from llama_export.export import export_checkpoint
 from llama_export.model import load_reference
 from llama_export.parity.sessions import reference_session
 from llama_export.runtime import OnnxRuntimeSession, TextCodec, generate
+from llama_export.runtime import session as session_module
 from llama_export.runtime.text import TextStream
 
 V = TINY["vocab_size"]
@@ -513,3 +515,42 @@ def test_a_tokenizer_that_is_missing_or_broken_is_a_config_error(
         TextCodec(tmp_path)
     assert isinstance(caught.value, LlamaExportError)
     assert str(tmp_path) in str(caught.value)
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_memory_cannot_hold_widened_are_widened_as_they_are_used(
+    dtype: str, tiny_bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same logits, and a note; a float32 checkpoint has nothing to widen."""
+    bundle = tiny_bundles[dtype]
+    folder = bundle.folder
+    if dtype == "bfloat16":  # stored in 16 bits, too
+        folder = bundle.folder.parent / "stored-bfloat16"
+        if not folder.exists():
+            write_random_checkpoint(folder, TINY, dtype="bfloat16")
+            export_checkpoint(folder)
+        bundle = load_bundle(folder)
+    opened: list[dict[str, Any]] = []
+    import onnxruntime
+
+    original = onnxruntime.InferenceSession
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        opened.append(options)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
+    logits, notes = [], []
+    for free in (1 << 40, 100_000):
+        monkeypatch.setattr(session_module, "available_memory_bytes", lambda free=free: free)
+        session = OnnxRuntimeSession(bundle, max_seq_len=16)
+        logits.append(session.step([[3, 1, 4]]))
+        notes.append(session.note)
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
+    narrow = dtype == "bfloat16"
+    assert [item["disabled_optimizers"] for item in opened] == [[], ["ConstantFolding"] if narrow else []]
+    assert ("widened in every step" in str(notes[1])) == narrow
+    assert "widened in every step" not in str(notes[0])

@@ -860,7 +860,9 @@ def _(m: Mutant) -> Place:
 @_fault("embedding: multiplied by sqrt(hidden size) (Gemma)")
 def _(m: Mutant) -> Place:
     scale = m.constant([m.bundle.config.hidden_size**0.5])
-    return m.change_output(m.node("model.embed_tokens/Gather"), "Mul", scale)
+    names = {node.name for node in m.graph.node}
+    last = "Cast" if "model.embed_tokens/Cast" in names else "Gather"  # the table may be stored in another dtype
+    return m.change_output(m.node(f"model.embed_tokens/{last}"), "Mul", scale)
 
 
 @_fault("output: tied embedding untied")
@@ -877,7 +879,9 @@ def _(m: Mutant) -> Place:
 def _(m: Mutant) -> Place:
     if m.bundle.config.tie_word_embeddings:
         raise NotApplicable("tied")
-    m.node("lm_head/Transpose").input[0] = m.node("model.embed_tokens/Gather").input[0]
+    names = {node.name for node in m.graph.node}
+    reader = "lm_head.weight/Cast" if "lm_head.weight/Cast" in names else "lm_head/Transpose"
+    m.node(reader).input[0] = m.node("model.embed_tokens/Gather").input[0]
     return _at(m.node("lm_head/MatMul"))
 
 

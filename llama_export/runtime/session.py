@@ -9,13 +9,14 @@ share its output with its input, so a step writes S tokens into the buffer and c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_export._process import available_memory_bytes
 from llama_export.bundle import Bundle
-from llama_export.config import LlamaConfig
+from llama_export.config import LlamaConfig, count_parameters
 from llama_export.errors import ConfigError, MissingDependencyError, ShapeError, ToolchainError
 from llama_export.graph_io import INTERFACES, is_single_text
 from llama_export.kv_cache import cache_names, cache_shape
@@ -68,8 +69,11 @@ class OnnxRuntimeSession:
         self.batch_size = batch_size
         self.capacity = max_seq_len
         self.dtype = bundle.dtype
-        onnxruntime, self._session = graph or open_graph(bundle, threads)
-        self._new_value = onnxruntime.OrtValue.ortvalue_from_numpy
+        graph = graph or open_graph(bundle, threads)
+        self._session = graph.session
+        self.note = graph.note
+        """What a user must know about precision and speed of this session, if anything."""
+        self._new_value = graph.onnxruntime.OrtValue.ortvalue_from_numpy
         self._binding = self._session.io_binding()
         self.cache: dict[str, Any] = {}
         """Graph input name -> the OrtValue [B, G, C, D] that is both past and present."""
@@ -81,11 +85,6 @@ class OnnxRuntimeSession:
             self.cache[past] = value
         self.past_length: Int64Array = np.zeros(batch_size, np.int64)
         """[B], valid tokens in each row of the cache."""
-
-    @property
-    def note(self) -> str | None:
-        """What a user must know about the precision of this session, if anything."""
-        return precision_note(self.dtype)
 
     def reset(self) -> None:
         """Forgets all tokens. Old entries stay in the buffers, finite and never seen."""
@@ -200,12 +199,10 @@ class OnnxRuntimeHeadSession:
             )
         self.config, self.task, self.dtype = bundle.config, bundle.task, bundle.dtype
         self._outputs = list(interface.outputs)
-        _, self._session = open_graph(bundle, threads)
-
-    @property
-    def note(self) -> str | None:
-        """What a user must know about the precision of this session, if anything."""
-        return precision_note(self.dtype)
+        graph = open_graph(bundle, threads)
+        self._session = graph.session
+        self.note = graph.note
+        """What a user must know about precision and speed of this session, if anything."""
 
     def run(
         self,
@@ -273,12 +270,23 @@ def checked_texts(
     return ids, mask
 
 
-OpenGraph = tuple[Any, Any]
-"""The onnxruntime module, and an inference session of a bundle's onnxruntime graph."""
+class OpenGraph(NamedTuple):
+    """A bundle's onnxruntime graph, opened."""
+
+    onnxruntime: Any
+    """The module."""
+    session: Any
+    """An ``InferenceSession``."""
+    note: str | None
+    """What a user must know about its precision and speed, if anything."""
 
 
 def open_graph(bundle: Bundle, threads: int | None = None) -> OpenGraph:
-    """(the onnxruntime module, an inference session of the bundle's onnxruntime graph).
+    """Opens a bundle's onnxruntime graph, which computes in float32 whatever the weights are stored in.
+
+    16-bit weights are widened once, when the graph is opened, where memory allows: that takes 2.2 times the float32 weights
+    for a while, and the float32 weights for good. Else the file stays mapped and each weight is widened in every step:
+    an 8B model runs on a machine of 24 GB so, several times slower.
 
     Raises:
         MissingDependencyError: no onnxruntime.
@@ -292,9 +300,19 @@ def open_graph(bundle: Bundle, threads: int | None = None) -> OpenGraph:
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
+    disabled, note = [], precision_note(bundle.dtype)
+    available = available_memory_bytes()
+    needed = int(_WIDENING * 4 * count_parameters(bundle.config, bundle.task))  # type: ignore[arg-type]
+    if _is_stored_narrow(bundle) and available is not None and needed > 0.9 * available:
+        disabled = ["ConstantFolding"]
+        options.enable_mem_pattern = False  # it would reserve a second copy of what the arena holds
+        note = (
+            f"this bundle runs in float32 on a CPU; widening its weights once takes {needed / 1e9:.0f} GB and "
+            f"{available / 1e9:.0f} GB are free, so they are widened in every step, which is slower"
+        )
     try:
         session = onnxruntime.InferenceSession(
-            str(bundle.onnxruntime_path), options, providers=["CPUExecutionProvider"]
+            str(bundle.onnxruntime_path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
     except Exception as err:
         raise ToolchainError(
@@ -302,7 +320,17 @@ def open_graph(bundle: Bundle, threads: int | None = None) -> OpenGraph:
             details={"file": bundle.onnxruntime_path, "onnxruntime": onnxruntime.__version__, "reason": err},
             hint="see the supported versions in pyproject.toml, extra `cpu`",
         ) from err
-    return onnxruntime, session
+    return OpenGraph(onnxruntime, session, note)
+
+
+_WIDENING = 2.2
+"""Peak memory of onnxruntime 1.32's constant folding over the size of the float32 weights it makes (1.2B: 10.8 GB)."""
+
+
+def _is_stored_narrow(bundle: Bundle) -> bool:
+    """Whether the weights take clearly less than four bytes each."""
+    stored = sum(entry["size"] for entry in bundle.manifest["weights"]) or bundle.onnxruntime_path.stat().st_size
+    return bool(stored < 3 * count_parameters(bundle.config, bundle.task))  # type: ignore[arg-type]
 
 
 def precision_note(dtype: str) -> str | None:
