@@ -1,6 +1,6 @@
 """How several files become visible together, though a process may be killed, or the power fail, between any two steps.
 
-The new files are written into a hidden *staging* folder on the same file system, and synced. What then happens depends on
+The new files are written into a hidden *staging* folder on the same file system (:func:`staging_folder`), and synced. What then happens depends on
 what is there:
 
 1. Nothing: the staging folder is renamed to its final name, which is one step.
@@ -25,10 +25,12 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
+import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from llama_export._files import read_small
@@ -39,6 +41,73 @@ _OBSOLETE_NAME = ".obsolete"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """Of linux/fcntl.h and linux/fs.h."""
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY)
+
+
+@contextlib.contextmanager
+def staging_folder(home: Path) -> Iterator[Path]:
+    """A new hidden folder in ``home`` to write into; what is left of it at the end is removed.
+
+    What killed processes left in ``home`` is removed first. A folder whose process lives is locked (``flock``): a process
+    id would mean nothing to another container that shares the volume. ``home`` is locked for the moment between making
+    the folder and locking it.
+
+    Raises:
+        OSError: ``home`` cannot be written to.
+    """
+    with _locked(home):
+        _remove_stale(home)
+        staging = home / f".llama-export-{secrets.token_hex(6)}.partial"
+        staging.mkdir()
+        lock = _lock(staging, wait=False)
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_stale(home: Path) -> None:
+    for path in home.glob(".llama-export-*.partial"):
+        if not re.fullmatch(r"\.llama-export-[0-9a-f]+\.partial", path.name) or not path.is_dir():
+            continue
+        with contextlib.suppress(OSError):  # in use, removed by another process, or a file system without locks
+            lock = _lock(path, wait=False)
+            if lock is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = _lock(folder, wait=True)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """A handle that holds the lock of a folder until it is closed; None where the system or file system has none.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is off.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:  # ENOLCK, EOPNOTSUPP
+        os.close(handle)
+        return None
+    return handle
 
 
 class UnfinishedCommitError(OSError):

@@ -21,7 +21,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from llama_export import __version__
-from llama_export._commit import COMMIT_NAME, UnfinishedCommitError, commit, finish_commit, replace_folder, sync
+from llama_export._commit import (
+    COMMIT_NAME,
+    UnfinishedCommitError,
+    commit,
+    finish_commit,
+    replace_folder,
+    staging_folder,
+    sync,
+)
 from llama_export._files import is_plain_name, leads_out, open_regular
 from llama_export.checkpoint import (
     INDEX_NAME,
@@ -450,11 +457,8 @@ def _check_space(checkpoint: Checkpoint, where: Path, weights: WeightsMode, conv
 
 def _check_links(checkpoint: Checkpoint, folder: Path) -> None:
     """Links one weight file, to be told before the work and not after it that hard links do not get there."""
-    probe = folder / f".llama-export-{os.getpid()}.link"
-    try:
-        _link((checkpoint.folder / checkpoint.files[0].name).resolve(), probe)
-    finally:
-        probe.unlink(missing_ok=True)
+    with staging_folder(folder) as scratch:
+        _link((checkpoint.folder / checkpoint.files[0].name).resolve(), scratch / "probe")
 
 
 def _check_in_place(checkpoint: Checkpoint, force: bool) -> None:
@@ -502,43 +506,22 @@ def staged_bundle(destination: Destination) -> Iterator[Path]:
     target = destination.folder
     home = target if destination.in_place else target.resolve().parent
     new_parents = [folder for folder in (home, *home.parents) if not folder.exists()]
-    staging = home / f".llama-export-{os.getpid()}.partial"
     try:
         home.mkdir(parents=True, exist_ok=True)
-        remove_stale_staging(home)
-        staging.mkdir()
-        yield staging
-        if destination.in_place:
-            commit(staging, target)
-        else:
-            replace_folder(staging, target)
-        for folder in {home, *(folder.parent for folder in new_parents)}:
-            sync(folder)
+        with staging_folder(home) as staging:
+            yield staging
+            if destination.in_place:
+                commit(staging, target)
+            else:
+                replace_folder(staging, target)
+            for folder in {home, *(folder.parent for folder in new_parents)}:
+                sync(folder)
     except OSError as err:
         raise write_error(err, home) from err
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: the bundle is in it, or another process uses it
             for folder in new_parents:
                 folder.rmdir()
-
-
-def remove_stale_staging(home: Path) -> None:
-    """Removes what exports that were killed left behind: hidden folders of processes that no longer run."""
-    for path in home.glob(".llama-export-*.partial"):
-        match = re.fullmatch(r"\.llama-export-(\d+)(?:\.old)?\.partial", path.name)
-        if match and not _is_running(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -691,11 +674,8 @@ def _reflink(source: Path, target: Path) -> str | None:
 
 
 def _can_reflink(source: Path, folder: Path) -> bool:
-    probe = folder / f".llama-export-{os.getpid()}.reflink"
-    try:
-        return _reflink(source.resolve(), probe) is None
-    finally:
-        probe.unlink(missing_ok=True)
+    with staging_folder(folder) as scratch:
+        return _reflink(source.resolve(), scratch / "probe") is None
 
 
 def sha256_of_file(path: Path) -> str:

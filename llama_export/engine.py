@@ -27,9 +27,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import mmap
-import os
 import shlex
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -38,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_export import __version__, plugins
-from llama_export._commit import commit, finish_commit
+from llama_export._commit import commit, finish_commit, staging_folder
 from llama_export._plan import is_readable, read_plan
 from llama_export._process import peak_rss_bytes
 from llama_export._tensorrt import (
@@ -56,7 +54,6 @@ from llama_export.bundle import (
     Bundle,
     Progress,
     json_bytes,
-    remove_stale_staging,
     sha256_of_file,
     write_atomically,
     write_error,
@@ -900,18 +897,15 @@ def write_engine(target: Path, plan: Any, sidecar: Mapping[str, Any]) -> None:
     """Both files appear together, or the old ones stay, whenever this is killed: see :mod:`llama_export._commit`."""
     folder = target.parent
     is_new = not folder.exists()
-    staging = folder / f".llama-export-{os.getpid()}.partial"
     try:
         folder.mkdir(exist_ok=True)
-        remove_stale_staging(folder)
-        staging.mkdir()
-        write_atomically(staging / target.name, plan)
-        write_atomically(staging / target.with_suffix(".json").name, json_bytes(sidecar))
-        commit(staging, folder)
+        with staging_folder(folder) as staging:
+            write_atomically(staging / target.name, plan)
+            write_atomically(staging / target.with_suffix(".json").name, json_bytes(sidecar))
+            commit(staging, folder)
     except OSError as err:
         raise write_error(err, folder) from err
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         if is_new and folder.exists() and not any(folder.iterdir()):
             folder.rmdir()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
 import json
@@ -41,6 +42,7 @@ from support import (
 
 from llama_export import _commit
 from llama_export import bundle as bundle_module
+from llama_export._commit import staging_folder
 from llama_export.bundle import Bundle, load_bundle, sha256_of_file, write_atomically
 from llama_export.checkpoint import TensorEntry, load_checkpoint
 from llama_export.config import ExportConfig
@@ -864,16 +866,40 @@ def test_signal_in_the_middle_of_the_copy_leaves_nothing(crashes: dict[str, list
 
 
 def test_export_removes_what_dead_processes_left_and_nothing_else(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with subprocess.Popen(["true"]) as dead:
-        dead.wait()
-    for name in (f".llama-export-{dead.pid}.partial", f".llama-export-{dead.pid}.old.partial"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.onnx").touch()
-    others = [f".llama-export-{os.getppid()}.partial", ".llama-export-notes.partial", "llama-export-1.partial"]
+    """A folder is in use while it is locked, whoever's process id is in whose container."""
+    (tmp_path / ".llama-export-0123456789ab.partial").mkdir()
+    (tmp_path / ".llama-export-0123456789ab.partial" / "model.onnx").touch()
+    others = [".llama-export-notes.partial", "llama-export-1.partial"]
     for name in others:
         (tmp_path / name).mkdir()
-    export_checkpoint(tiny_checkpoint, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "out"])
+    program = (
+        "import sys; from pathlib import Path; from llama_export._commit import staging_folder\n"
+        "with staging_folder(Path(sys.argv[1])) as folder: print(folder.name, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as alive:
+        assert alive.stdout is not None
+        in_use = alive.stdout.readline().strip()
+        (tmp_path / ".llama-export-ba9876543210.partial").mkdir()
+        export_checkpoint(tiny_checkpoint, tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, in_use, "out"])
+        alive.kill()
+    export_checkpoint(tiny_checkpoint, tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "again", "out"])
+
+
+def test_threads_that_export_into_one_folder_do_not_meet(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        made = [pool.submit(_stage, tmp_path, number) for number in range(16)]
+        assert sorted(item.result() for item in made) == list(range(16))
+    assert not list(tmp_path.iterdir())
+
+
+def _stage(home: Path, number: int) -> int:
+    with staging_folder(home) as folder:
+        (folder / "file").write_text(str(number))
+        time.sleep(0.01)
+        return int((folder / "file").read_text())
 
 
 # ---- opening ----------------------------------------------------------------------------------------------------

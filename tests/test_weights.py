@@ -299,7 +299,8 @@ def test_embedded_files_stand_alone(
             assert (held[tensor].data_type, list(held[tensor].dims)) == (onnx.TensorProto.BFLOAT16, list(shape))
             assert held[tensor].raw_data == content
         casts = {node.input[0] for node in model.graph.node if node.op_type == "Cast"} & set(stored)
-        assert casts == (set() if computed == "bfloat16" else set(stored))
+        cast_once = set(stored) - {"model.embed_tokens.weight"}  # of the table, the rows that are looked up
+        assert casts == (set() if computed == "bfloat16" else cast_once)
 
 
 def test_embedded_graph_is_the_graph_by_reference(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import onnx
 
+from llama_export._commit import staging_folder
 from llama_export.bundle import (
     MANIFEST_NAME,
     Bundle,
     json_bytes,
     load_bundle,
-    remove_stale_staging,
     sha256_of_file,
     write_error,
 )
@@ -47,18 +47,14 @@ def first_layers(bundle: Bundle, count: int, *, checkpoint: Checkpoint | None = 
     Raises:
         ToolchainError: no space. ExportError: the folder cannot be written to.
     """
-    folder = bundle.folder / f".llama-export-{os.getpid()}.partial"  # if this process is killed, a later one removes it
     try:
-        remove_stale_staging(bundle.folder)
-        folder.mkdir()
-        _write(bundle, count, folder)
-        if checkpoint is not None:
-            _add_weights(checkpoint, folder)
-        yield load_bundle(folder, ignore_hashes=True)
+        with staging_folder(bundle.folder) as folder:  # if this process is killed, a later one removes it
+            _write(bundle, count, folder)
+            if checkpoint is not None:
+                _add_weights(checkpoint, folder)
+            yield load_bundle(folder, ignore_hashes=True)
     except OSError as err:
-        raise write_error(err, folder) from err
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        raise write_error(err, bundle.folder) from err
 
 
 def _write(bundle: Bundle, count: int, folder: Path) -> None:
