@@ -368,6 +368,8 @@ class Destination:
     folder: Path
     in_place: bool
     """The bundle is the checkpoint's own folder; no weight is touched."""
+    existing: Path
+    """The nearest folder that there is already, on whose file system it will lie."""
 
 
 def plan_destination(
@@ -376,35 +378,34 @@ def plan_destination(
     *,
     force: bool,
     weights: WeightsMode,
-    converted_bytes: int | None = None,
+    converts: bool = False,
 ) -> Destination:
     """Decides and checks the destination before any work is done, from the headers of the weight files alone.
+
+    Whether it has the space: :mod:`llama_export.estimate`.
 
     Args:
         checkpoint: what is exported.
         output: folder to make; None: in place.
         force: replace an existing bundle.
         weights: how they get there.
-        converted_bytes: size of the weight files in another dtype; None: they are not converted.
+        converts: the weights are to be written in another dtype.
 
     Raises:
         ConfigError: it exists and ``force`` is off, is not a bundle, or is a folder that must not be written to; or
             weights are to be converted in place.
         ExportError: hard links are asked for and not possible.
-        ToolchainError: not enough space for the weights.
     """
     source = checkpoint.folder
     if output is None or output.resolve() == source.resolve():
-        if converted_bytes is not None:
+        if converts:
             raise ConfigError(
                 "weights are not converted in place: the checkpoint's own files are never rewritten",
                 details={"folder": source},
                 hint="write the bundle elsewhere: -o BUNDLE",
             )
         _check_in_place(checkpoint, force)
-        if weights == "embed":
-            _check_space(checkpoint, source, weights, None)
-        return Destination(source, True)
+        return Destination(source, True, source)
     if output.exists() or output.is_symlink():
         if not output.is_dir() or output.is_symlink():
             raise ConfigError(
@@ -435,24 +436,7 @@ def plan_destination(
         raise ConfigError(f"`{existing}` is not writable", details={"output": output}, hint="choose another -o")
     if weights == "link":
         _check_links(checkpoint, existing)
-    else:
-        _check_space(checkpoint, existing, weights, converted_bytes)
-    return Destination(output, False)
-
-
-def _check_space(checkpoint: Checkpoint, where: Path, weights: WeightsMode, converted_bytes: int | None) -> None:
-    """What is known before the work: the weights. The graphs are a few megabytes at most."""
-    free = shutil.disk_usage(where).free
-    if converted_bytes is not None:
-        need = converted_bytes
-    elif weights == "embed":
-        need = 2 * checkpoint.weight_bytes  # each of the two ONNX files holds them
-    else:
-        need = sum(file.size for file in checkpoint.files)
-        if weights == "auto" and need > free and _can_reflink(checkpoint.folder / checkpoint.files[0].name, where):
-            return
-    if need > free:
-        raise no_space(where, f"{free} bytes free", f"{need} bytes of weights")
+    return Destination(output, False, existing)
 
 
 def _check_links(checkpoint: Checkpoint, folder: Path) -> None:
@@ -671,6 +655,14 @@ def _reflink(source: Path, target: Path) -> str | None:
             return "the checkpoint lies on another file system"
         reason = "this file system has no reflinks" if err.errno in _NO_REFLINKS else "they cannot be reflinked"
         return f"{reason} ({err.strerror or err})"
+
+
+def shares_blocks(checkpoint: Checkpoint, folder: Path) -> bool:
+    """Whether weight files can be reflinked into a folder; told by trying the first one."""
+    try:
+        return _can_reflink(checkpoint.folder / checkpoint.files[0].name, folder)
+    except OSError:  # nothing can be written there, which the export will say
+        return False
 
 
 def _can_reflink(source: Path, folder: Path) -> bool:

@@ -36,7 +36,7 @@ Exit codes:
   0  done; for `validate`: every stage that ran passed
   1  `validate`: a stage failed, or a required one did not run; `reproduce`: the operation is still wrong
   2  your input: config, checkpoint, flags, a file that does not match
-  3  this machine: a missing package, driver, GPU or disk space
+  3  this machine: a missing package, driver, GPU, disk space or memory
   4  a bug in llama-export
   5  `report diff`: drift; the new report says less, or worse, than the old one
 """
@@ -45,6 +45,9 @@ _PATH = click.Path(path_type=Path)
 _json_flag = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 _ignore_hashes = click.option(
     "--ignore-hashes", is_flag=True, help="Open the bundle although a file differs from the manifest."
+)
+_ignore_estimate = click.option(
+    "--ignore-estimate", is_flag=True, help="Go on although the estimate says that disk or memory do not suffice."
 )
 
 
@@ -87,10 +90,11 @@ def cli() -> None:
     metavar="KEY",
     help="Accept a config.json key that is not read.",
 )
+@_ignore_estimate
 @_json_flag
 def export(
     checkpoint: Path, output: Path | None, task: str, dtype: str, weights: Any, convert_weights: bool, force: bool,
-    hash_weights: bool, allow_config_keys: tuple[str, ...], as_json: bool,
+    hash_weights: bool, allow_config_keys: tuple[str, ...], ignore_estimate: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT (a Hugging Face folder) to ONNX, weights by reference."""
     with collector_paused():  # the imports, too, make many objects and no garbage
@@ -104,6 +108,7 @@ def export(
         force=force,
         hash_weights=hash_weights,
         allow_config_keys=allow_config_keys,
+        ignore_estimate=ignore_estimate,
     )
     with _progress("bytes") as progress:
         result = export_checkpoint(checkpoint, output, config, log=_log, progress=progress)
@@ -145,11 +150,13 @@ def export(
 @click.option("--version-compatible", is_flag=True, help="Let later versions of the backend load the engine.")
 @click.option("--tf32", is_flag=True, help="Let float32 matrix products round their inputs to TF32.")
 @click.option("--force", is_flag=True, help="Replace an engine of the same name.")
+@_ignore_estimate
 @_ignore_hashes
 @_json_flag
 def build(
     bundle: Path, backend: Any, ops: str, max_seq_len: int | None, max_batch: int, weights: Any, profiles: str,
-    compute_capabilities: tuple[str, ...], version_compatible: bool, tf32: bool, force: bool, ignore_hashes: bool, as_json: bool,
+    compute_capabilities: tuple[str, ...], version_compatible: bool, tf32: bool, force: bool, ignore_estimate: bool,
+    ignore_hashes: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Build a TensorRT engine from BUNDLE. Needs no GPU."""
     from llama_export.bundle import load_bundle
@@ -158,6 +165,7 @@ def build(
     config = EngineConfig(
         backend=backend, ops=ops, max_seq_len=max_seq_len, max_batch=max_batch, weights=weights, profiles=int(profiles),
         compute_capabilities=compute_capabilities, version_compatible=version_compatible, tf32=tf32, force=force,
+        ignore_estimate=ignore_estimate,
     )  # fmt: skip
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
     with _progress("steps") as progress:

@@ -474,6 +474,8 @@ class ExportConfig:
     """Record a SHA-256 of every weight file (reads every byte)."""
     allow_config_keys: tuple[str, ...] = ()
     """Unknown ``config.json`` keys the user vouches for."""
+    ignore_estimate: bool = False
+    """Go on although the estimate says that disk or memory do not suffice."""
 
     def __post_init__(self) -> None:
         _check(self.weights in WEIGHTS_MODES, "weights", self.weights, " | ".join(WEIGHTS_MODES))
@@ -516,6 +518,8 @@ class EngineConfig:
     """Let later versions of the backend load the engine."""
     force: bool = False
     """Replace an engine of the same name."""
+    ignore_estimate: bool = False
+    """Go on although the estimate says that disk or memory do not suffice."""
 
     def __post_init__(self) -> None:
         _check(self.backend in BACKENDS, "backend", self.backend, " | ".join(BACKENDS))

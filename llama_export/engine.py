@@ -24,19 +24,15 @@ Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import mmap
-import shlex
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama_export import __version__, plugins
-from llama_export._commit import commit, finish_commit, staging_folder
+from llama_export._commit import commit, staging_folder
 from llama_export._plan import is_readable, read_plan
 from llama_export._process import peak_rss_bytes
 from llama_export._tensorrt import (
@@ -58,8 +54,23 @@ from llama_export.bundle import (
     write_atomically,
     write_error,
 )
-from llama_export.checkpoint import TensorEntry
-from llama_export.config import CUSTOM_OPS, EngineConfig, LlamaConfig, float32_value, load_json_object
+from llama_export.config import CUSTOM_OPS, EngineConfig
+from llama_export.engine_network import check_network
+from llama_export.engine_spec import (
+    ATTENTION,
+    DOMAIN,
+    SCHEMA_VERSION,
+    Profiles,
+    engine_io,
+    engine_name,
+    engine_profiles,
+    max_batch,
+    may_decompose,
+    numbered,
+    plugin_attributes,
+    resolve_capacity,
+    weight_io,
+)
 from llama_export.engine_weights import (
     bundle_tensors,
     make_weights_inputs,
@@ -72,43 +83,11 @@ from llama_export.errors import (
     ConfigError,
     EngineBuildError,
     MissingDependencyError,
-    ShapeError,
     ToolchainError,
 )
-from llama_export.graph_io import INTERFACES, is_single_text
-from llama_export.kv_cache import CAPACITY, cache_names, cache_shape, present_name
-
-__all__ = [
-    "DECODE",
-    "MAX_LOGITS",
-    "PREFILL",
-    "EngineFacts",
-    "EngineResult",
-    "build_engine",
-    "check_engine",
-    "inspect_engine",
-    "installed_plugins",
-]
-
-SCHEMA_VERSION = 4
-"""Of the sidecar."""
-DEFAULT_CAPACITY = 4096
-"""Cache capacity in tokens when none is asked for and the model allows more."""
-MAX_LOGITS = 256
-"""Largest N of the prefill profile. TensorRT reserves [B, N, V] for the largest N, so all of C would cost gigabytes."""
-PREFILL, DECODE, TEXTS = "prefill", "decode", "texts"
-"""Optimization profiles: the first two of a causal LM, the last of the heads without a cache."""
-_DOMAIN = "llama_export"
-"""Of the graph's custom ops; must equal ``ops.DOMAIN``."""
-_ATTENTION, _MASKED_ATTENTION = "LlamaAttention", "LlamaMaskedAttention"
-_ATTENTION_MASK = 5
-"""Input of ``LlamaMaskedAttention``."""
-_PAST_KEY, _PAST_VALUE, _PAST_LENGTH = 5, 6, 7
-_PRESENT_KEY, _PRESENT_VALUE = 1, 2
-"""Inputs and outputs of ``LlamaAttention``, in the order of ``ops/attention.py``."""
-
-Profiles = dict[str, dict[str, list[list[int]]]]
-"""Profile -> input -> [min, opt, max] shape."""
+from llama_export.estimate import estimate_build
+from llama_export.graph_io import INTERFACES
+from llama_export.kv_cache import CAPACITY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,63 +108,8 @@ class EngineResult:
     """Wall time of the build, imports excluded."""
     peak_rss_bytes: int
     """Peak resident memory of the whole process so far."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineFacts:
-    """What :func:`check_engine` found to be true of an engine file."""
-
-    backend: str
-    backend_version: str
-    ops: str
-    dtype: str
-    bytes: int
-    task: str
-    max_seq_len: int
-    """Longest sequence, tokens: C of a causal LM's cache, the longest text of the other heads."""
-    max_batch: int
-    """Largest B of all profiles."""
-    layers: Mapping[str, int]
-    """TensorRT layer type -> count in the network, before fusion."""
-    plugin_layers: Mapping[str, int]
-    """op -> layers of our plugins; empty for ``native``."""
-    plugin_library: Mapping[str, Any] | None
-    """``version``, ``abi`` and ``sha256`` of the library it was built with; None for ``native``."""
-    compute_capabilities: tuple[str, ...]
-    """GPUs it was compiled for, e.g. ``8.0``."""
-    forward_compatible: bool
-    """Later GPUs that the backend supports run it too."""
-    tf32: bool
-    """Whether float32 products round their inputs to TF32."""
-    weights: str
-    """``constant`` | ``input`` | ``stripped``: where the weights are."""
-    weight_tensors: tuple[Mapping[str, Any], ...]
-    """With ``input``, name, dtype, shape, file, offset and nbytes of each; else empty."""
-    profiles: tuple[str, ...]
-    """Names of the optimization profiles, in the engine's order."""
-    version_compatible: bool
-    """Later versions of the backend may load it."""
-    cuda_major: int | None
-    """CUDA version that the backend was made for; None if its packages do not say."""
-    not_checked: tuple[str, ...]
-    """What could not be looked at, and why; empty when everything was."""
-
-    @property
-    def metrics(self) -> dict[str, float | int | str]:
-        """Flat numbers for a report."""
-        cached, masked = (self.plugin_layers.get(op, 0) for op in (_ATTENTION, _MASKED_ATTENTION))
-        return {
-            "bytes": self.bytes,
-            "max_seq_len": self.max_seq_len,
-            "max_batch": self.max_batch,
-            "in_place_cache_updates": self.layers.get("KV_CACHE_UPDATE", 0) + 2 * cached,
-            "attention_layers": self.layers.get("ATTENTION_INPUT", 0) + cached + masked,
-            "plugin_layers": ", ".join(f"{count} {op}" for op, count in self.plugin_layers.items()) or "none",
-            "compute_capabilities": " ".join(self.compute_capabilities)
-            + (" and later ones it supports" if self.forward_compatible else ""),
-            "weights": self.weights,
-            "not_checked": "; ".join(self.not_checked),
-        }
+    estimate: Mapping[str, float | int]
+    """What was expected before: ``seconds`` (CPU time, imports included), ``ram_bytes``, ``disk_bytes`` (the engine)."""
 
 
 # ---- build ------------------------------------------------------------------------------------------------------
@@ -213,7 +137,8 @@ def build_engine(
         ConfigError: an engine of this name exists and ``config.force`` is off.
         ShapeError: a capacity beyond ``max_position_embeddings``.
         MissingDependencyError: the backend's extra is not installed.
-        ToolchainError: the backend is too old, has no GPU to build on, or the disk is full; or the plugin library is not
+        ToolchainError: the backend is too old, has no GPU to build on, or this machine has not the disk or memory that the
+            build needs (:mod:`llama_export.estimate`); or the plugin library is not
             installed, is not this package's, or does not serve an op of this model.
         EngineBuildError: the parser or builder refused, or made something else than the config implies. Nothing is left
             behind.
@@ -237,6 +162,7 @@ def build_engine(
     if library is not None:
         for compute_capability in config.compute_capabilities:
             plugins.check_chip(library, compute_capability)
+    estimate = estimate_build(bundle, config, log)
 
     start = time.perf_counter()
     log(
@@ -253,7 +179,7 @@ def build_engine(
     # The parser keeps weights by reference into memory that it owns, so it must live as long as the network.
     network, parser = _parse(trt, builder, proto, bundle.model_path, messages, library)
     inputs = weight_io(tensors) if config.weights == "input" else []
-    layers, plugin_layers = _check_network(trt, network, proto, bundle, capacity, plugin_ops, inputs)
+    layers, plugin_layers = check_network(trt, network, proto, bundle, capacity, plugin_ops, inputs)
     log(f"build: parsed {network.num_layers} layers in {time.perf_counter() - start:.1f} s, network checked")
     if library is not None:
         counts = ", ".join(f"{count} {op}" for op, count in plugin_layers.items())
@@ -339,140 +265,8 @@ def build_engine(
         bytes=plan.nbytes,
         seconds=round(seconds, 3),
         peak_rss_bytes=peak_rss_bytes(),
+        estimate=estimate.to_json(),
     )
-
-
-def resolve_capacity(config: LlamaConfig, max_seq_len: int | None) -> int:
-    """Longest sequence of an engine: what was asked for, else the model's longest up to :data:`DEFAULT_CAPACITY`.
-
-    Raises:
-        ShapeError: more than the model's positions.
-    """
-    limit = config.max_length
-    if max_seq_len is not None and max_seq_len > limit:
-        raise ShapeError(
-            f"the checkpoint has no positions beyond {limit} tokens",
-            details={
-                "got": f"max_seq_len = {max_seq_len}",
-                "expected": f"at most {limit}, the model's longest sequence",
-            },
-            hint=f"--max-seq-len {limit}",
-        )
-    return min(limit, DEFAULT_CAPACITY) if max_seq_len is None else max_seq_len
-
-
-def max_batch(bundle: Bundle, config: EngineConfig) -> int:
-    """Largest batch of an engine: 1 where the graph has a fixed one."""
-    return 1 if is_single_text(bundle.config, bundle.task) else config.max_batch
-
-
-def engine_name(bundle: Bundle, config: EngineConfig, capacity: int) -> str:
-    """File name that tells engines of one bundle apart: ``float16-plugin-c4096-b4.tensorrt-rtx.engine``.
-
-    ``c`` is the capacity of a cache, ``s`` the longest text of a head without one.
-    """
-    longest = f"{'c' if INTERFACES[bundle.task].has_cache else 's'}{capacity}"
-    native = sorted(set(CUSTOM_OPS) - config.plugin_ops)
-    ops = config.ops if config.ops in ("plugin", "native") else f"plugin-without-{'-'.join(native)}"
-    parts = [bundle.dtype, ops, longest, f"b{max_batch(bundle, config)}"]
-    parts += ["p1"] if config.profiles == 1 and INTERFACES[bundle.task].has_cache else []
-    parts += [f"weights-{config.weights}"] if config.weights != "constant" else []
-    parts += [f"cc{capability}" for capability in config.compute_capabilities]
-    parts += [flag for flag, on in (("vc", config.version_compatible), ("tf32", config.tf32)) if on]
-    return f"{'-'.join(parts)}.{config.backend}.engine"
-
-
-def engine_io(bundle: Bundle, capacity: int) -> list[dict[str, Any]]:
-    """The manifest's inputs and outputs with C a number."""
-    return [
-        {**entry, "shape": [capacity if dim == CAPACITY else dim for dim in entry["shape"]]}
-        for entry in bundle.manifest["io"]
-    ]
-
-
-def weight_io(entries: Sequence[TensorEntry]) -> list[dict[str, Any]]:
-    """Inputs that are weights, in the words of :func:`engine_io`."""
-    return [
-        {"name": entry.name, "kind": "input", "dtype": entry.dtype, "shape": list(entry.shape), "alias_of": None}
-        for entry in entries
-    ]
-
-
-def engine_profiles(bundle: Bundle, capacity: int, max_batch: int, count: int = 2) -> Profiles:
-    """Shapes the engine serves: ``prefill`` any S and N (up to :data:`MAX_LOGITS`), ``decode`` S = N = 1; ``texts`` any S.
-
-    With ``count`` 1 there is no ``decode``: ``prefill`` holds its shapes too.
-    """
-    config = bundle.config
-    if not INTERFACES[bundle.task].has_cache:
-        texts = [[1, 1], [1, min(capacity, 128)], [max_batch, capacity]]
-        return {TEXTS: {name: texts for name in INTERFACES[bundle.task].inputs}}
-
-    def shapes(tokens: Sequence[int], wanted: Sequence[int]) -> dict[str, list[list[int]]]:
-        # One row is the common case; the rest of the range stays open.
-        batches = (1, 1, max_batch)
-        cache = [list(cache_shape(config, batch, capacity)) for batch in batches]
-        return {
-            "input_ids": [[batch, count] for batch, count in zip(batches, tokens, strict=True)],
-            "past_length": [[batch] for batch in batches],
-            "sequence_length": [[batch] for batch in batches],
-            "logits_index": [[batch, count] for batch, count in zip(batches, wanted, strict=True)],
-            **{past: cache for past, _ in cache_names(config.num_hidden_layers)},
-        }
-
-    profiles = {
-        PREFILL: shapes((1, min(capacity, 128), capacity), (1, 1, min(capacity, MAX_LOGITS))),
-        DECODE: shapes((1, 1, 1), (1, 1, 1)),
-    }
-    return profiles if count == 2 else {PREFILL: profiles[PREFILL]}
-
-
-def expected_layers(bundle: Bundle, plugin_ops: Collection[str]) -> dict[str, int]:
-    """TensorRT layer type -> count that the network must have. No other count is fixed."""
-    layers, has_cache = bundle.config.num_hidden_layers, INTERFACES[bundle.task].has_cache
-    native_attentions = 0 if _attention_op(bundle) in plugin_ops else layers
-    heads = 0 if bundle.task == "feature-extraction" else 1
-    return {
-        "KV_CACHE_UPDATE": 2 * native_attentions if has_cache else 0,
-        "ROTARY_EMBEDDING": 2 * native_attentions,
-        "ATTENTION_INPUT": native_attentions,
-        "ATTENTION_OUTPUT": native_attentions,
-        "MATRIX_MULTIPLY": 7 * layers + heads,
-        "PLUGIN_V3": sum(expected_plugin_layers(bundle, plugin_ops).values()),
-    }
-
-
-def _attention_op(bundle: Bundle) -> str:
-    return _ATTENTION if INTERFACES[bundle.task].has_cache else _MASKED_ATTENTION
-
-
-def expected_plugin_layers(bundle: Bundle, plugin_ops: Collection[str]) -> dict[str, int]:
-    """op -> plugin layers: one attention a layer; the first norm has no sum before it, all others have."""
-    layers = bundle.config.num_hidden_layers
-    counts = {"LlamaAddRMSNorm": 2 * layers, _attention_op(bundle): layers, "LlamaRMSNorm": 1}
-    return {op: count for op, count in counts.items() if op in plugin_ops}
-
-
-def plugin_attributes(config: LlamaConfig) -> dict[str, dict[str, int | float]]:
-    """op -> field -> value that every plugin layer of the op must carry: its attributes, and what it noted at build."""
-    norm = {"epsilon": float32_value(config.rms_norm_eps), "hidden_size": config.hidden_size}
-    attention = {
-        "num_heads": config.num_attention_heads,
-        "num_kv_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "scale": config.softmax_scale,
-    }
-    return {"LlamaRMSNorm": norm, "LlamaAddRMSNorm": norm, _ATTENTION: attention, _MASKED_ATTENTION: attention}
-
-
-def may_decompose(dtype: str, plugin_ops: Collection[str] = ()) -> bool:
-    """Whether TensorRT's own attention may become MatMul, Softmax, MatMul where it has no fused kernel.
-
-    float32 has none, so there it must. In 16 bit it has one for every head_dim up to 256 (except for a single head with
-    max_batch 1), and that keeps scores in float32, which a decomposition need not: better a build that fails than one
-    that loses digits in silence.
-    """
-    return dtype == "float32" and not {_ATTENTION, _MASKED_ATTENTION} & set(plugin_ops)
 
 
 def tensorrt_proto(onnx: Any, bundle: Bundle, capacity: int, plugin_ops: Collection[str] = ()) -> Any:
@@ -491,10 +285,10 @@ def tensorrt_proto(onnx: Any, bundle: Bundle, capacity: int, plugin_ops: Collect
     if plugin_ops:
         native = {op: f"{op}Body" for op in CUSTOM_OPS if op not in plugin_ops}
         for node in proto.graph.node:
-            if node.domain == _DOMAIN:
+            if node.domain == DOMAIN:
                 node.op_type = native.get(node.op_type, node.op_type)
         for function in proto.functions:
-            if function.domain == _DOMAIN:
+            if function.domain == DOMAIN:
                 function.name = native.get(function.name, function.name)
     if may_decompose(bundle.dtype, plugin_ops):
         for function in proto.functions:
@@ -581,7 +375,7 @@ def _parse(
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         refusal = None if library is None else plugins.take_library_error(library)
         if refusal is not None:
-            op = next((op for op in CUSTOM_OPS if refusal.startswith(f"{op}:")), _ATTENTION)
+            op = next((op for op in CUSTOM_OPS if refusal.startswith(f"{op}:")), ATTENTION)
             raise EngineBuildError(
                 "a plugin refused its node",
                 details={"reason": refusal, **numbered("error", [_parser_error(error) for error in errors])},
@@ -599,199 +393,6 @@ def _parser_error(error: Any) -> str:
     stack = "/".join(error.local_function_stack() or ())
     where = f"{stack}/{error.node_name()}" if stack else error.node_name()
     return f"node {error.node()} `{where}` ({error.node_operator()}), {error.code()}: {error.desc()}"
-
-
-def _check_network(
-    trt: Any, network: Any, proto: Any, bundle: Bundle, capacity: int, plugin_ops: Collection[str],
-    weight_inputs: Sequence[Mapping[str, Any]] = (),
-) -> tuple[dict[str, int], dict[str, int]]:  # fmt: skip
-    """The parsed network against the config: the last place where every layer can still be seen.
-
-    Returns:
-        Layer type -> count, and op -> count of the plugin layers.
-
-    Raises:
-        EngineBuildError: all differences.
-    """
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    counts = Counter(layer.type.name for layer in layers)
-    expected = expected_layers(bundle, plugin_ops)
-    problems = [
-        f"{counts[name]} layers {name}, expected {count}" for name, count in expected.items() if counts[name] != count
-    ]
-    plugin_layers, plugin_problems = _plugin_problems(trt, layers, proto, bundle, plugin_ops)
-    problems += plugin_problems
-    problems += _io_problems(network, [*engine_io(bundle, capacity), *weight_inputs])
-    attention_problems = _cache_problems if INTERFACES[bundle.task].has_cache else _mask_problems
-    problems += attention_problems(trt, layers, bundle, plugin_ops)
-    if problems:
-        raise EngineBuildError(
-            "the parsed network is not what the config implies",
-            details=numbered("network", problems),
-            hint="this is a bug or an untested TensorRT version: see `llama-export env`",
-        )
-    return dict(sorted(counts.items())), plugin_layers
-
-
-def _plugin_problems(
-    trt: Any, layers: Sequence[Any], proto: Any, bundle: Bundle, plugin_ops: Collection[str]
-) -> tuple[dict[str, int], list[str]]:
-    """Op -> plugin layers, and what is wrong with them. A node that misses its plugin is expanded in silence."""
-    nodes = {node.name: node.op_type for node in proto.graph.node if node.domain == _DOMAIN}
-    found: Counter[str] = Counter()
-    problems = []
-    for layer in layers:
-        if layer.type.name != "PLUGIN_V3":
-            continue
-        plugin = _plugin_of(trt, layer)
-        name = plugin.get_capability_interface(trt.PluginCapabilityType.CORE).plugin_name
-        found[name] += 1
-        if nodes.get(layer.name) != name:
-            problems.append(f"plugin layer `{layer.name}` is a {name}, the graph's node a {nodes.get(layer.name)}")
-    in_graph = Counter(op for op in nodes.values() if op in plugin_ops)
-    for op, count in expected_plugin_layers(bundle, plugin_ops).items():
-        if found[op] != count or in_graph[op] != count:
-            problems.append(f"{found[op]} plugin layers {op} from {in_graph[op]} nodes, expected {count}")
-    problems += [f"{count} plugin layers {op}, expected none" for op, count in found.items() if op not in plugin_ops]
-    return dict(sorted(found.items())), problems
-
-
-def _plugin_of(trt: Any, layer: Any) -> Any:
-    layer.__class__ = trt.IPluginV3Layer  # the bindings return the base class
-    return layer.plugin
-
-
-_TYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
-
-
-def _io_problems(network: Any, expected: Sequence[Mapping[str, Any]]) -> list[str]:
-    tensors = [("input", network.get_input(index)) for index in range(network.num_inputs)]
-    tensors += [("output", network.get_output(index)) for index in range(network.num_outputs)]
-    got = [f"{kind} {t.name} {_TYPE_NAMES.get(t.dtype.name, t.dtype.name)} {list(t.shape)}" for kind, t in tensors]
-    want = []
-    for entry in expected:
-        shape = [dim if isinstance(dim, int) else -1 for dim in entry["shape"]]
-        want.append(f"{entry['kind']} {entry['name']} {entry['dtype']} {shape}")
-    return [f"unexpected {item}" for item in got if item not in want] + [
-        f"missing {item}" for item in want if item not in got
-    ]
-
-
-# What may lie between a cache and its reader, or between ``past_length`` and the cache: TensorRT's parser casts,
-# broadcasts, and multiplies query and key by the root of the scale.
-_PASS_THROUGH = ("CAST", "ELEMENTWISE", "SHUFFLE")
-
-
-# ... and what may stand between ``attention_mask`` and the mask of an attention: logic besides.
-_MASK_LOGIC = (*_PASS_THROUGH, "CUMULATIVE", "UNARY", "SQUEEZE", "UNSQUEEZE")
-
-
-def _tracer(layers: Sequence[Any], through: Collection[str]) -> Callable[[Any], set[str]]:
-    """A function: tensor -> names of the tensor and of all it is computed from through layers of these types."""
-    producers = {layer.get_output(slot).name: layer for layer in layers for slot in range(layer.num_outputs)}
-
-    def sources(tensor: Any) -> set[str]:
-        found: set[str] = set()
-        pending = [tensor]
-        while pending:
-            current = pending.pop()
-            if current is None or current.name in found:
-                continue
-            found.add(current.name)
-            producer = producers.get(current.name)
-            if producer is not None and producer.type.name in through:
-                pending += [producer.get_input(slot) for slot in range(producer.num_inputs)]
-        return found
-
-    return sources
-
-
-def _mask_problems(trt: Any, layers: Sequence[Any], bundle: Bundle, plugin_ops: Collection[str]) -> list[str]:
-    """Every attention of a head without a cache is masked by ``attention_mask``."""
-    sources = _tracer(layers, _MASK_LOGIC)
-    problems = []
-    if _MASKED_ATTENTION in plugin_ops:
-        masks = [
-            layer.get_input(_ATTENTION_MASK)
-            for layer in layers
-            if layer.type.name == "PLUGIN_V3" and layer.num_inputs > _ATTENTION_MASK
-        ]
-    else:
-        masks = []
-        for index, layer in enumerate(item for item in layers if item.type.name == "ATTENTION_INPUT"):
-            layer.__class__ = trt.IAttentionInputLayer  # the bindings return the base class
-            masks.append(layer.attention.mask)
-            if layer.attention.decomposable != may_decompose(bundle.dtype):
-                problems.append(f"attention {index}: decomposable is {layer.attention.decomposable}")
-    problems += [
-        f"attention {index} is not masked by `attention_mask`"
-        for index, mask in enumerate(masks)
-        if mask is None or "attention_mask" not in sources(mask)
-    ]
-    missing = bundle.config.num_hidden_layers - len(masks)
-    return [*problems, f"{missing} attentions have no mask"] if missing else problems
-
-
-def _cache_problems(trt: Any, layers: Sequence[Any], bundle: Bundle, plugin_ops: Collection[str]) -> list[str]:
-    """Every cache is updated in place from its own input at ``past_length``, and read by its own layer's attention."""
-    sources = _tracer(layers, _PASS_THROUGH)
-    if _ATTENTION in plugin_ops:
-        return _plugin_cache_problems(layers, bundle, sources)
-    updates, attentions = {}, []
-    for layer in layers:
-        if layer.type.name == "KV_CACHE_UPDATE":
-            updates[layer.get_output(0).name] = layer
-        elif layer.type.name == "ATTENTION_INPUT":
-            attentions.append(layer)
-    problems = []
-    for past, present in cache_names(bundle.config.num_hidden_layers):
-        layer = updates.get(present)
-        if layer is None:
-            problems.append(f"`{present}` is not the output of a KV_CACHE_UPDATE layer")
-            continue
-        if layer.get_input(0).name != past:
-            problems.append(f"`{present}` updates `{layer.get_input(0).name}`, expected `{past}`")
-        if "past_length" not in sources(layer.get_input(2)):
-            problems.append(f"`{present}` is not written at `past_length`")
-    for index, layer in enumerate(attentions):
-        if not {present_name(index, "key")} <= sources(layer.get_input(1)):
-            problems.append(f"attention {index} does not read `{present_name(index, 'key')}`")
-        if not {present_name(index, "value")} <= sources(layer.get_input(2)):
-            problems.append(f"attention {index} does not read `{present_name(index, 'value')}`")
-        layer.__class__ = trt.IAttentionInputLayer  # the bindings return the base class
-        # The parser drops `nonpad_kv_seqlen` and aligns `is_causal` to the wrong corner: only a mask says the truth.
-        if layer.attention.mask is None:
-            problems.append(f"attention {index} has no mask")
-        if layer.attention.decomposable != may_decompose(bundle.dtype):
-            problems.append(f"attention {index}: decomposable is {layer.attention.decomposable}")
-    return problems
-
-
-def _plugin_cache_problems(layers: Sequence[Any], bundle: Bundle, sources: Callable[[Any], set[str]]) -> list[str]:
-    """The plugin attention of layer i reads and writes the caches of layer i, at ``past_length``."""
-    writers = {
-        layer.get_output(slot).name: (layer, slot)
-        for layer in layers
-        if layer.type.name == "PLUGIN_V3"
-        for slot in range(layer.num_outputs)
-    }
-    inputs_of = {_PRESENT_KEY: _PAST_KEY, _PRESENT_VALUE: _PAST_VALUE}
-    problems = []
-    for index in range(bundle.config.num_hidden_layers):
-        key, value = (writers.get(present_name(index, part), (None, None))[0] for part in ("key", "value"))
-        if key is not value:
-            problems.append(f"attention {index}: key and value are written by different layers")
-    for past, present in cache_names(bundle.config.num_hidden_layers):
-        layer, slot = writers.get(present, (None, None))
-        wanted = _PRESENT_KEY if present.endswith(".key") else _PRESENT_VALUE
-        if layer is None or slot != wanted or layer.num_inputs <= _PAST_LENGTH:
-            problems.append(f"`{present}` is not output {wanted} of a {_ATTENTION} plugin")
-            continue
-        if layer.get_input(inputs_of[slot]).name != past:
-            problems.append(f"`{present}` updates `{layer.get_input(inputs_of[slot]).name}`, expected `{past}`")
-        if "past_length" not in sources(layer.get_input(_PAST_LENGTH)):
-            problems.append(f"`{present}` is not written at `past_length`")
-    return problems
 
 
 def _serialize(
@@ -820,7 +421,7 @@ def _serialize(
         settings.set_flag(trt.BuilderFlag.STRIP_PLAN)  # implies that it can be refitted
     if config.version_compatible:
         settings.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if _ATTENTION in plugin_ops:
+    if ATTENTION in plugin_ops:
         _check_aliasing(builder, network, settings, messages)
         settings.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     monitor = progress_monitor(trt, progress)
@@ -908,189 +509,3 @@ def write_engine(target: Path, plan: Any, sidecar: Mapping[str, Any]) -> None:
     finally:
         if is_new and folder.exists() and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def numbered(label: str, lines: Sequence[str]) -> dict[str, str]:
-    return {label if len(lines) == 1 else f"{label} {index}": line for index, line in enumerate(lines, 1)}
-
-
-# ---- check ------------------------------------------------------------------------------------------------------
-
-
-def inspect_engine(path: Path) -> dict[str, Any]:
-    """The sidecar of an engine file, after the file was found to be the one it describes.
-
-    Raises:
-        ArtifactMismatchError: no sidecar, a broken one, or another file.
-    """
-    sidecar_path = path.with_suffix(".json")
-    with contextlib.suppress(OSError):  # a folder that cannot be written to: what is there is checked as it is
-        finish_commit(path.parent)
-    for needed in (path, sidecar_path):
-        if not needed.is_file():
-            raise ArtifactMismatchError(f"`{needed.name}` is missing", details={"folder": path.parent}, hint=REBUILD)
-    sidecar = load_json_object(sidecar_path)
-    if sidecar.get("schema_version") != SCHEMA_VERSION:
-        raise ArtifactMismatchError(
-            "this engine's sidecar has another schema version",
-            details={"file": sidecar_path, "got": sidecar.get("schema_version"), "expected": SCHEMA_VERSION},
-            hint=REBUILD,
-        )
-    with path.open("rb") as stream:
-        got = hashlib.file_digest(stream, "sha256").hexdigest()
-    if got != sidecar.get("engine_sha256"):
-        raise ArtifactMismatchError(
-            f"`{path.name}` is not the file its sidecar describes",
-            details={"got": f"sha256 {got}", "expected": f"sha256 {sidecar.get('engine_sha256')}"},
-            hint=REBUILD,
-        )
-    return sidecar
-
-
-REBUILD = "build again: llama-export build BUNDLE --force"
-
-
-def rebuild_command(sidecar: Mapping[str, Any], bundle: Path) -> str:
-    """The command that builds an engine like this one again, for a bundle and for the machine it is given on."""
-    words = ["llama-export", "build", str(bundle), "--backend", sidecar["backend"], "--ops", sidecar["ops"]]
-    words += ["--max-seq-len", str(sidecar["max_seq_len"]), "--max-batch", str(sidecar["max_batch"])]
-    words += ["--weights", sidecar["weights"]["mode"]] if sidecar["weights"]["mode"] != "constant" else []
-    words += ["--profiles", "1"] if set(sidecar["profiles"]) == {PREFILL} else []
-    words += ["--tf32"] if sidecar["settings"]["tf32"] else []
-    words += ["--version-compatible"] if sidecar["settings"]["version_compatible"] else []
-    return shlex.join([*words, "--force"])
-
-
-def check_engine(bundle: Bundle, engine_path: Path) -> EngineFacts:
-    """An engine file against its sidecar, the sidecar against the bundle, and the plan against both.
-
-    Raises:
-        ArtifactMismatchError: all differences.
-    """
-    sidecar = inspect_engine(engine_path)
-    try:
-        problems, not_checked = _sidecar_problems(sidecar, bundle, engine_path), list[str]()
-        if not problems and sidecar["plugin_library"] is not None:
-            try:
-                problems = library_problems(sidecar, plugins.find_library())
-            except ToolchainError as err:
-                not_checked.append(f"the plugin library: {err.message}")
-        if not problems and is_readable(sidecar):
-            with engine_path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-                plan_facts, problems = read_plan(plan, sidecar, plugin_attributes(bundle.config))
-            problems += [
-                f"{key}: got {sidecar[key]}, the plan says {value}"
-                for key, value in plan_facts.items()
-                if sidecar[key] != value
-            ]
-        elif not problems:
-            not_checked.append(
-                f"the plan's content: its layout is not known for {sidecar['backend']} {sidecar['backend_version']}"
-            )
-        if problems:
-            raise ArtifactMismatchError(
-                f"`{engine_path.name}` is not an engine of this bundle",
-                details=numbered("difference", problems),
-                hint=REBUILD,
-            )
-        return EngineFacts(
-            backend=sidecar["backend"],
-            backend_version=sidecar["backend_version"],
-            ops=sidecar["ops"],
-            dtype=sidecar["dtype"],
-            bytes=sidecar["bytes"],
-            task=sidecar["task"],
-            max_seq_len=sidecar["max_seq_len"],
-            max_batch=sidecar["max_batch"],
-            layers=sidecar["layers"],
-            plugin_layers=sidecar["plugin_layers"],
-            plugin_library=sidecar["plugin_library"],
-            compute_capabilities=tuple(sidecar["compute_capabilities"]),
-            forward_compatible=sidecar["forward_compatible"],
-            tf32=sidecar["settings"]["tf32"],
-            weights=sidecar["weights"]["mode"],
-            weight_tensors=tuple(sidecar["weights"]["tensors"]),
-            profiles=tuple(sidecar["profiles"]),
-            version_compatible=sidecar["settings"]["version_compatible"],
-            cuda_major=sidecar["cuda_major"],
-            not_checked=tuple(not_checked),
-        )
-    except (ConfigError, ShapeError, KeyError, TypeError, AttributeError, ValueError) as err:
-        raise ArtifactMismatchError(
-            f"the sidecar of `{engine_path.name}` lacks a field or holds a wrong one: {err}",
-            details={"file": engine_path.with_suffix(".json")},
-            hint=REBUILD,
-        ) from err
-
-
-def _sidecar_problems(sidecar: Mapping[str, Any], bundle: Bundle, engine_path: Path) -> list[str]:
-    """What the sidecar says against what the bundle and the sidecar's own settings imply."""
-    capacity = sidecar["max_seq_len"]
-    settings = EngineConfig(
-        backend=sidecar["backend"],
-        ops=sidecar["ops"],
-        max_seq_len=capacity,
-        max_batch=sidecar["max_batch"],
-        tf32=sidecar["settings"]["tf32"],
-        weights=sidecar["weights"]["mode"],
-        profiles=1 if set(sidecar["profiles"]) == {PREFILL} else 2,
-        version_compatible=sidecar["settings"]["version_compatible"],
-    )
-    plugin_ops = settings.plugin_ops & bundle.ops
-    expected: dict[str, object] = {
-        "bytes": engine_path.stat().st_size,
-        "onnx_sha256": bundle.manifest["graph_sha256"],
-        "task": bundle.task,
-        "dtype": bundle.dtype,
-        "max_seq_len": resolve_capacity(bundle.config, capacity),
-        "kv_cache_capacity": capacity if INTERFACES[bundle.task].has_cache else None,
-        "max_batch": max_batch(bundle, settings),
-        "io": engine_io(bundle, capacity),
-        "profiles": engine_profiles(bundle, capacity, settings.max_batch, settings.profiles),
-        "plugin_layers": expected_plugin_layers(bundle, plugin_ops),
-        "settings": {
-            "tf32": settings.tf32,
-            "strongly_typed": True,
-            "decomposable_attention": may_decompose(bundle.dtype, plugin_ops),
-            "version_compatible": settings.version_compatible,
-        },
-    }
-    problems = _weights_problems(sidecar["weights"], bundle)
-    problems += [
-        f"{key}: got {sidecar[key]}, expected {value}" for key, value in expected.items() if sidecar[key] != value
-    ]
-    library = sidecar["plugin_library"]
-    if not plugin_ops and library is not None:
-        problems.append(f"plugin_library: got {library}, expected None")
-    if plugin_ops and set(library or ()) != {"version", "abi", "sha256"}:
-        problems.append(f"plugin_library: got {library}, expected version, abi and sha256")
-    counts = expected_layers(bundle, plugin_ops)
-    problems += [
-        f"{sidecar['layers'].get(name, 0)} layers {name}, expected {count}"
-        for name, count in counts.items()
-        if sidecar["layers"].get(name, 0) != count
-    ]
-    return problems
-
-
-def _weights_problems(recorded: Mapping[str, Any], bundle: Bundle) -> list[str]:
-    """Whether the weights that an engine takes as inputs lie where its sidecar says."""
-    if recorded["mode"] != "input":
-        return []
-    expected = {entry["name"]: entry for entry in weights_record(bundle_tensors(bundle))}
-    got = {entry["name"]: entry for entry in recorded["tensors"]}
-    wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
-    return (
-        [f"weight {wrong[0]}: got {got.get(wrong[0])}, the bundle has {expected.get(wrong[0])}; {len(wrong)} differ"]
-        if wrong
-        else []
-    )
-
-
-def library_problems(sidecar: Mapping[str, Any], library: plugins.PluginLibrary) -> list[str]:
-    """How the plugin library differs from the one the engine was built with."""
-    return [
-        f"plugin library {key}: got {library.identity[key]}, the engine was built with {value}"
-        for key, value in sidecar["plugin_library"].items()
-        if library.identity.get(key) != value
-    ]

@@ -28,19 +28,17 @@ from llama_export._tensorrt import (
     message_log,
 )
 from llama_export.bundle import Bundle
-from llama_export.engine import (
+from llama_export.engine import tensorrt_proto
+from llama_export.engine_check import EngineFacts, check_engine, inspect_engine
+from llama_export.engine_spec import (
     DECODE,
     MAX_LOGITS,
     PREFILL,
     REBUILD,
     TEXTS,
-    EngineFacts,
-    check_engine,
     engine_io,
-    inspect_engine,
     numbered,
     rebuild_command,
-    tensorrt_proto,
     weight_io,
 )
 from llama_export.engine_weights import bundle_tensors

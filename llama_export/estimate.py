@@ -20,14 +20,16 @@ https://docs.kernel.org/admin-guide/cgroup-v2.html (memory.max), https://docs.ke
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from llama_export.bundle import Bundle, Destination, shares_blocks
-from llama_export.checkpoint import DTYPE_BYTES, Checkpoint, TensorEntry, read_safetensors_header
+from llama_export.checkpoint import DTYPE_BYTES, Checkpoint, read_safetensors_header
 from llama_export.config import EngineConfig, ExportConfig, Task, expected_tensors
 from llama_export.errors import ToolchainError
 from llama_export.graph_io import INTERFACES
@@ -35,6 +37,7 @@ from llama_export.graph_io import INTERFACES
 MARGIN = 1.1
 """A refusal for memory needs so many times what is available; the formulas are within 10 % of what was measured."""
 _MB, _GB = 10**6, 10**9
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +78,11 @@ class ExportWork:
 
         Time: the imports and the trace 4.9 s, 8 ms a layer; 2.5 s a GB written, 1.4 s a GB hashed.
         """
-        held = 0.335 * _GB + 0.4 * _MB * self.layers + (65 * _MB if self.converts else 0)
+        held = 0.326 * _GB + 0.4 * _MB * self.layers + (65 * _MB if self.converts else 0)
         seconds = 4.9 + 0.008 * self.layers + 2.5 * self.written_bytes / _GB + 1.4 * self.hashed_bytes / _GB
         return Estimate(
             disk_bytes=self.written_bytes,
-            ram_bytes=round(held + 0.17 * _GB),
+            ram_bytes=round(held + 0.172 * _GB),
             held_bytes=round(held),
             seconds=seconds,
         )
@@ -92,49 +95,56 @@ class BuildWork:
     layers: int
     profiles: int
     ops: str
-    """``plugin``: all by plugins; ``native``: none; ``mixed``."""
-    engine_weight_bytes: int
+    """``plugin``: all by plugins; ``mixed``: norms by TensorRT's own layers, attention by a plugin; ``native``: attention by
+    TensorRT's own layers."""
+    engine_weight_bytes: int = 0
     """Inside the engine; 0 where weights are inputs."""
-    mapped_bytes: int
+    mapped_bytes: int = 0
     """Weight files that TensorRT's parser maps; 0 where weights are inputs or embedded."""
-    embedded_bytes: int
+    embedded_bytes: int = 0
     """Weights inside ``model.onnx``; else 0."""
-    largest_cast_bytes: int
+    largest_cast_bytes: int = 0
     """The largest weight, in the compute dtype, if it is stored in another; else 0."""
 
     @property
     def engine_bytes(self) -> int:
-        """The weights, and for every profile its own kernels and graph, which repeats what lies around constants."""
-        base, layer = {
-            ("plugin", True): (0.5, 0.585),
-            ("plugin", False): (0.6, 0.195),
-            ("native", True): (2.2, 0.17),
-            ("native", False): (2.1, 0.205),
-        }.get((self.ops, self.engine_weight_bytes > 0), (0.6, 1.0))
+        """The weights, and for every profile kernels and a graph of its own, which grows with the layers."""
+        base, layer = _ENGINE_MB[self.ops][self.engine_weight_bytes > 0]
         return round(self.engine_weight_bytes + self.profiles * (base + layer * self.layers) * _MB)
 
     def estimate(self) -> Estimate:
-        """0.25 GB with the libraries, of which half are their pages; 1.8 MB a layer, with native ops 9.5 MB; and the engine
-        twice, for the builder holds its weights and the plan at once.
+        """0.125 GB, as much again in the libraries' pages, and something for each layer; then the engine twice, for the
+        builder holds the weights it was given and those of the plan at once.
 
-        Mapped weights count as pages of a file; embedded ones are held twice, as a graph and as what the parser is given;
-        a cast of the largest weight is held as well.
+        Weights that are mapped count as pages of a file; embedded ones are held twice, as a graph and as what the parser is
+        given; the largest one that is cast is held besides.
 
-        Time: 0.7 s; a profile 0.05 s a layer with plugins, 0.055 s and 4.3 ms times the layers squared without (TensorRT's
-        fusion of attention); 6 s a GB of engine, 4 s a GB of embedded weights.
+        Time: 0.7 s; for each profile something a layer, which with TensorRT's own attention grows with the number of layers;
+        7 s a GB of weights in the engine, 4 s a GB of embedded ones.
         """
         engine, layers = self.engine_bytes, self.layers
-        native = self.ops != "plugin"
-        held = 0.125 * _GB + (9.5 if native else 1.8) * _MB * layers + 2 * engine
+        held = 0.125 * _GB + _HELD_MB[self.ops][self.engine_weight_bytes > 0] * _MB * layers + 2 * engine
         held += 2 * self.embedded_bytes + self.largest_cast_bytes
-        profile = 0.3 + 0.055 * layers + 0.0043 * layers**2 if native else 0.05 * layers
-        seconds = 0.7 + self.profiles * profile + 6 * self.engine_weight_bytes / _GB + 4 * self.embedded_bytes / _GB
+        seconds = 0.7 + self.profiles * layers * (_SECONDS[self.ops] + (0.0043 * layers if self.ops == "native" else 0))
+        seconds += 7 * self.engine_weight_bytes / _GB + 4 * self.embedded_bytes / _GB
         return Estimate(
             disk_bytes=engine,
             ram_bytes=round(held + 0.125 * _GB + self.mapped_bytes),
             held_bytes=round(held),
             seconds=seconds,
         )
+
+
+_ENGINE_MB = {
+    "plugin": ((0.6, 0.195), (0.5, 0.585)),
+    "mixed": ((0.6, 1.0), (0.6, 1.0)),
+    "native": ((2.1, 0.205), (2.2, 0.17)),
+}
+"""Ops -> (weights as inputs, constant weights) -> MB of a profile, besides the weights: of any model, and for each layer."""
+_HELD_MB = {"plugin": (1.8, 4.5), "mixed": (4.7, 7.4), "native": (8.7, 10.5)}
+"""Ops -> (weights as inputs, constant weights) -> MB that the builder holds for each layer."""
+_SECONDS = {"plugin": 0.05, "mixed": 0.075, "native": 0.07}
+"""Ops -> seconds for each layer of a profile."""
 
 
 # ---- what decides the cost, from headers ------------------------------------------------------------------------
@@ -159,7 +169,9 @@ def export_work(
         written = converted_bytes
     elif not (destination.in_place or config.weights == "link" or _shares(checkpoint, destination, config)):
         written = files
-    hashed = 0 if config.weights == "embed" or not config.hash_weights else files if converted_bytes is None else written
+    hashed = (
+        0 if config.weights == "embed" or not config.hash_weights else files if converted_bytes is None else written
+    )
     return ExportWork(
         layers=checkpoint.config.num_hidden_layers,
         written_bytes=written,
@@ -173,52 +185,207 @@ def _shares(checkpoint: Checkpoint, destination: Destination, config: ExportConf
 
 
 def build_work(bundle: Bundle, config: EngineConfig) -> BuildWork:
-    """Of an engine of a bundle.
+    """Of an engine of a bundle. With its weights stripped, which is not measured: what it would be with them.
 
     Raises:
         CheckpointError: a weight file's header is broken (only where the bundle was opened without a look at it).
     """
-    ops = {op in config.plugin_ops for op in bundle.ops}
-    has_cache = INTERFACES[bundle.task].has_cache
-    common = {"layers": bundle.config.num_hidden_layers, "profiles": config.profiles if has_cache else 1}
-    kind = "plugin" if ops == {True} else "native" if ops == {False} else "mixed"
+    native = bundle.ops - config.plugin_ops
+    layers = bundle.config.num_hidden_layers
+    profiles = config.profiles if INTERFACES[bundle.task].has_cache else 1
+    ops = "native" if any("Attention" in op for op in native) else "mixed" if native else "plugin"
     if config.weights == "input":
-        return BuildWork(
-            **common, ops=kind, engine_weight_bytes=0, mapped_bytes=0, embedded_bytes=0, largest_cast_bytes=0
-        )
-    item = DTYPE_BYTES[bundle.dtype]
-    shapes = {name: math.prod(shape) for name, shape in expected_tensors(bundle.config, bundle.task).items()}
-    embedding = shapes[_EMBEDDING]
-    stored = stored_dtype(bundle)
-    inside = sum(shapes.values()) * item
+        return BuildWork(layers=layers, profiles=profiles, ops=ops)
+    shapes = expected_tensors(bundle.config, cast(Task, bundle.task))
+    values = {name: math.prod(shape) for name, shape in shapes.items()}
+    embedding, stored = values[_EMBEDDING], stored_dtype(bundle)
+    inside, largest_cast = sum(values.values()) * DTYPE_BYTES[bundle.dtype], 0
     if stored != bundle.dtype:
-        # The rows are looked up as they are stored and cast then; a tied output projection is a second copy.
-        inside += embedding * DTYPE_BYTES[stored]
-        if bundle.task != "causal-lm" or not bundle.config.tie_word_embeddings:
-            inside -= embedding * item
-    files = sum(entry["size"] for entry in bundle.manifest["weights"])
+        # Rows of the embedding are looked up as they are stored; a tied output projection is a second copy, cast.
+        is_tied = bundle.task == "causal-lm" and bundle.config.tie_word_embeddings
+        inside += embedding * (DTYPE_BYTES[stored] - (0 if is_tied else DTYPE_BYTES[bundle.dtype]))
+        largest_cast = max(values.values()) * DTYPE_BYTES[bundle.dtype]
     return BuildWork(
-        **common,
-        ops=kind,
+        layers=layers,
+        profiles=profiles,
+        ops=ops,
         engine_weight_bytes=inside,
-        mapped_bytes=files,
+        mapped_bytes=sum(entry["size"] for entry in bundle.manifest["weights"]),
         embedded_bytes=bundle.model_path.stat().st_size if bundle.is_embedded else 0,
-        largest_cast_bytes=0 if stored == bundle.dtype else max(shapes.values()) * item,
+        largest_cast_bytes=largest_cast,
     )
-
-
-_EMBEDDING = "model.embed_tokens.weight"
 
 
 def stored_dtype(bundle: Bundle) -> str:
-    """The dtype of the embedding in the weight files; where they are embedded, by the size of the graph."""
-    if bundle.is_embedded:
-        values = sum(math.prod(shape) for shape in expected_tensors(bundle.config, _task(bundle)).values())
-        wide = bundle.model_path.stat().st_size >= 3 * values
-        return "float32" if wide else bundle.dtype if bundle.dtype != "float32" else "bfloat16"
-    entries: Iterator[TensorEntry] = (
-        entry
-        for file in bundle.manifest["weights"]
-        for entry in read_safetensors_header(bundle.folder / file["file"])[1]
-    )
-    return next((entry.dtype for entry in entries if entry.name.endswith("embed_tokens.weight")), bundle.dtype)
+    """The dtype of the embedding in the weight files. Where they are embedded it is taken for the compute dtype."""
+    for file in bundle.manifest["weights"]:
+        for entry in read_safetensors_header(bundle.folder / file["file"])[1]:
+            if entry.name.endswith("embed_tokens.weight"):
+                return entry.dtype
+    return bundle.dtype
+
+
+# ---- what this machine has --------------------------------------------------------------------------------------
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that a process can still take: what the kernel says is available, and free swap; at most what the control
+    groups of this process leave it. None where the system does not tell (not Linux).
+
+    Args:
+        root: of the file system; tests make their own.
+    """
+    meminfo = _fields(root / "proc/meminfo")
+    if "MemAvailable:" not in meminfo:
+        return None
+    free = (meminfo["MemAvailable:"] + meminfo.get("SwapFree:", 0)) * 1024
+    return max(0, min([free, *_left_in_control_groups(root)]))
+
+
+def _left_in_control_groups(root: Path) -> Iterator[int]:
+    """What each control group of this process that limits memory leaves: the limit less what is used, pages of files left out,
+    for they are taken back before the limit is felt."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "none", "")
+        kind = "memory" if "memory" in controllers.split(",") else controllers
+        if kind not in _CGROUP_FILES:
+            continue
+        mount, limit_name, usage_name, prefix = _CGROUP_FILES[kind]
+        top = root / mount
+        # A path out of the mount is of a group that is not visible here.
+        group = top if ".." in path.split("/") else top / path.strip("/")
+        # In a container the path may be the host's, which is not mounted here: its own group then is at the top.
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(top):
+                break
+            limit, usage = _text(folder / limit_name).strip(), _text(folder / usage_name).strip()
+            if limit.isdigit() and usage.isdigit():  # "max": no limit
+                stat = _fields(folder / "memory.stat")
+                pages = sum(stat.get(f"{prefix}{name}", 0) for name in ("active_file", "inactive_file"))
+                yield int(limit) - max(0, int(usage) - pages)
+
+
+_CGROUP_FILES = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", ""),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
+"""Controllers of a line of ``/proc/self/cgroup`` (none: version 2) -> mount, limit, usage, prefix of sums over children."""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """``name number`` of each line."""
+    pairs = (line.split()[:2] for line in _text(path).splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+def free_disk(folder: Path) -> int | None:
+    """Bytes that can be written below a folder that exists; None where the system does not tell."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return None if usage.free == 0 and usage.total == 0 else usage.free
+
+
+# ---- refusal ----------------------------------------------------------------------------------------------------
+
+
+def estimate_export(
+    checkpoint: Checkpoint,
+    destination: Destination,
+    config: ExportConfig,
+    converted_bytes: int | None,
+    log: Callable[[str], None],
+) -> Estimate:
+    """Logs what an export will cost, in one line.
+
+    Raises:
+        ToolchainError: it does not fit, and ``config.ignore_estimate`` is off.
+    """
+    found = export_work(checkpoint, destination, config, converted_bytes).estimate()
+    if config.weights == "embed":
+        disk_hint = "leave --weights embed out: in place (no -o) nothing is copied then"
+    elif converted_bytes is not None:
+        disk_hint = "leave --convert-weights out: the graph casts, and in place (no -o) or with --weights link nothing is copied"
+    else:
+        disk_hint = "export in place (without -o) or with --weights link, which write no weights"
+    refusal = _refusal(found, destination.existing, "export", disk_hint)
+    _say(f"export: {_line(found)} of weights to write", refusal, config.ignore_estimate, log)
+    return found
+
+
+def estimate_build(bundle: Bundle, config: EngineConfig, log: Callable[[str], None]) -> Estimate:
+    """Logs what a build will cost, in one line. Nothing is refused for a backend or a mode that was never measured.
+
+    Raises:
+        ToolchainError: it does not fit, and ``config.ignore_estimate`` is off.
+    """
+    found = build_work(bundle, config).estimate()
+    hint = ""
+    if config.weights == "constant" and not bundle.is_embedded:
+        other = build_work(bundle, dataclasses.replace(config, weights="input")).estimate()
+        if other.disk_bytes < found.disk_bytes / 2:  # else it saves nothing: the model is tiny
+            hint = f"--weights input needs {_size(other.held_bytes)} and writes an engine of {_size(other.disk_bytes)}"
+            if (stored := stored_dtype(bundle)) != bundle.dtype:
+                hint += f", once the bundle is exported with --dtype {stored} or --convert-weights"
+    is_measured = config.backend == "tensorrt-rtx" and config.weights != "stripped"
+    refusal = _refusal(found, bundle.folder, "build", hint, hint) if is_measured else None
+    note = "" if is_measured else " (not measured for this backend or these weights)"
+    _say(f"build: {_line(found)} of engine to write{note}", refusal, config.ignore_estimate, log)
+    return found
+
+
+def _line(found: Estimate) -> str:
+    pages = found.ram_bytes - found.held_bytes
+    memory = f"{_size(found.ram_bytes)} of memory ({_size(pages)} of it pages of files)"
+    return f"about {_duration(found.seconds)}, {memory}, {_size(found.disk_bytes)}"
+
+
+def _refusal(found: Estimate, folder: Path, command: str, disk_hint: str, ram_hint: str = "") -> ToolchainError | None:
+    """Why it does not fit; None: it does, or the system does not tell."""
+    override = "or pass --ignore-estimate"
+    free = free_disk(folder)
+    if free is not None and found.disk_bytes > free:
+        what = "weights" if command == "export" else "the engine"
+        return ToolchainError(
+            "no space left",
+            details={"where": folder, "got": f"{free} bytes free", "expected": f"{found.disk_bytes} bytes of {what}"},
+            hint="; ".join(part for part in ("free some space", disk_hint, override) if part),
+        )
+    memory = available_memory()
+    if memory is not None and found.held_bytes > MARGIN * memory:
+        need = _size(found.held_bytes)
+        return ToolchainError(
+            f"this {command} needs about {need} of memory",
+            details={"got": f"{_size(memory)} available", "expected": f"{need}, besides pages of files"},
+            hint=f"{ram_hint or 'end what uses the memory'}, {override}",
+        )
+    return None
+
+
+def _say(line: str, refusal: ToolchainError | None, ignore: bool, log: Callable[[str], None]) -> None:
+    if refusal is None:
+        log(line)
+    elif ignore:
+        got = refusal.details["got"]
+        log(f"{line}; warning: {refusal.message}, {got}: going on for --ignore-estimate")
+    else:
+        raise refusal
+
+
+def _size(nbytes: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= 0.1 * size:
+            return f"{nbytes / size:.{0 if nbytes >= 9.95 * size else 1}f} {unit}"
+    return f"{nbytes} bytes"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -62,6 +62,7 @@ from llama_export.bundle import (
 from llama_export.checkpoint import Checkpoint, TensorEntry, WeightFile, load_checkpoint, resolve_dtype
 from llama_export.config import ExportConfig, LlamaConfig, Task, count_parameters
 from llama_export.errors import ExportError, MissingDependencyError
+from llama_export.estimate import estimate_export
 from llama_export.graph_io import INTERFACES, is_single_text
 from llama_export.kv_cache import GRANULARITY, LAYOUT, cache_names
 
@@ -103,6 +104,8 @@ class ExportResult:
     """Wall time of the export, imports excluded."""
     peak_rss_bytes: int
     """Peak resident memory of the whole process so far."""
+    estimate: Mapping[str, float | int]
+    """What was expected before: ``seconds`` (CPU time, imports included), ``ram_bytes``, ``disk_bytes`` (weights written)."""
 
 
 def export_checkpoint(
@@ -123,7 +126,8 @@ def export_checkpoint(
         progress: receives the copying, embedding or converting of weights.
 
     Raises:
-        LlamaExportError: see :mod:`llama_export.errors`; nothing is left behind.
+        LlamaExportError: see :mod:`llama_export.errors`; nothing is left behind. ToolchainError: this machine has not the
+            disk or memory that it needs.
     """
     config = config or ExportConfig()
     start = time.perf_counter()
@@ -138,8 +142,9 @@ def export_checkpoint(
         output,
         force=config.force,
         weights=config.weights,
-        converted_bytes=conversion.nbytes if conversion else None,
+        converts=conversion is not None,
     )
+    estimate = estimate_export(checkpoint, destination, config, conversion.nbytes if conversion else None, log)
     if conversion is not None:
         checkpoint = conversion.checkpoint
     llama, task = checkpoint.config, checkpoint.task
@@ -207,6 +212,7 @@ def export_checkpoint(
         weight_bytes_written=written,
         seconds=round(seconds, 3),
         peak_rss_bytes=peak_rss_bytes(),
+        estimate=estimate.to_json(),
     )
 
 

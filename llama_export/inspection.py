@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from llama_export import plugins
 from llama_export._tensorrt import execution_blocker, load_backend, message_log
-from llama_export.engine import MAX_LOGITS, inspect_engine, rebuild_command
+from llama_export.engine_check import inspect_engine
+from llama_export.engine_spec import MAX_LOGITS, rebuild_command
 from llama_export.errors import LlamaExportError
 
 if TYPE_CHECKING:

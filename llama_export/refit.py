@@ -15,7 +15,9 @@ from typing import Any
 from llama_export._tensorrt import load_onnx
 from llama_export.bundle import ENGINES_NAME, Bundle
 from llama_export.config import EngineConfig
-from llama_export.engine import check_engine, inspect_engine, rebuild_command, tensorrt_proto, write_engine
+from llama_export.engine import tensorrt_proto, write_engine
+from llama_export.engine_check import check_engine, inspect_engine
+from llama_export.engine_spec import rebuild_command
 from llama_export.engine_weights import (
     bundle_tensors,
     make_weights_inputs,

@@ -234,7 +234,7 @@ def test_export_prints_the_keys_of_the_contract(
     data = document(captured.out)
     assert list(data) == [
         "bundle", "model", "task", "dtype", "num_parameters", "weight_bytes_referenced", "weight_bytes_written",
-        "seconds", "peak_rss_bytes",
+        "seconds", "peak_rss_bytes", "estimate",
     ]  # fmt: skip
     assert data["bundle"] == str(tmp_path / "out")
     assert data["model"] == str(tmp_path / "out" / "model.onnx")
@@ -244,7 +244,8 @@ def test_export_prints_the_keys_of_the_contract(
     assert 0 < data["seconds"] < 600
     assert data["peak_rss_bytes"] > 1 << 20
     lines = captured.err.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
+    assert lines.pop(0).startswith("export: about ")
     assert lines[0] == f"export: causal-lm, {data['num_parameters']:,} parameters, float32, 2 layers"
     assert lines[1].startswith("export: done in ")
     assert main(["export", str(checkpoint)]) == 0
@@ -340,22 +341,24 @@ def test_build_prints_the_keys_of_the_contract(bundle: Path, capsys: Capture, mo
             bytes=5,
             seconds=0.5,
             peak_rss_bytes=7,
+            estimate={"seconds": 0.4, "ram_bytes": 6, "disk_bytes": 4},
         )
 
     monkeypatch.setattr(engine, "build_engine", build)
     options = ["--max-seq-len", "64", "--max-batch", "2", "--tf32", "--force", "--weights", "input", "--profiles", "1"]
     options += ["--compute-capability", "8.9", "--compute-capability", "12.0", "--version-compatible"]
+    options += ["--ignore-estimate"]
     assert main(["build", str(bundle), *options, "--json"]) == 0
     captured = capsys.readouterr()
     assert document(captured.out) == {
         "engine": "x.engine", "backend": "tensorrt-rtx", "ops": "native", "plugin_layers": {}, "weights": "input", "bytes": 5,
-        "seconds": 0.5, "peak_rss_bytes": 7,
+        "seconds": 0.5, "peak_rss_bytes": 7, "estimate": {"seconds": 0.4, "ram_bytes": 6, "disk_bytes": 4},
     }  # fmt: skip
     assert captured.err == "build: one stage\n"
     assert seen == {
         "backend": "tensorrt-rtx", "ops": "plugin", "max_seq_len": 64, "max_batch": 2, "tf32": True, "force": True,
         "weights": "input", "profiles": 1, "compute_capabilities": ("8.9", "12.0"), "version_compatible": True,
-        "bundle": bundle,
+        "ignore_estimate": True, "bundle": bundle,
     }  # fmt: skip
     assert main(["build", str(bundle)]) == 0
     assert capsys.readouterr().out == "x.engine\n"

@@ -22,10 +22,11 @@ from conftest import NATIVE
 from gpu_stand_ins import FakeDriver
 from onnx import helper
 
-from llama_export import _tensorrt, engine
+from llama_export import _tensorrt, engine, engine_network, engine_spec
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.config import DTYPES, EngineConfig
-from llama_export.engine import build_engine, check_engine, inspect_engine
+from llama_export.engine import build_engine
+from llama_export.engine_check import check_engine, inspect_engine
 from llama_export.errors import (
     ArtifactMismatchError,
     ConfigError,
@@ -117,7 +118,8 @@ def test_result_and_callbacks(bundle: Bundle) -> None:
     result = build_engine(bundle, SMALL, log=lines.append, progress=lambda *step: steps.append(step))
     assert (result.backend, result.ops, result.plugin_layers) == ("tensorrt-rtx", "native", {})
     assert result.bytes == Path(result.engine).stat().st_size
-    assert lines[0].startswith("build: tensorrt-rtx 1.")
+    assert lines[0].startswith("build: about ")
+    assert lines[1].startswith("build: tensorrt-rtx 1.")
     assert lines[-1].startswith("build: done in ")
     assert steps
     assert all(1 <= done <= total for _, done, total in steps)
@@ -133,7 +135,7 @@ def test_tf32_is_another_engine_and_is_seen_in_the_plan(own_engine: tuple[Bundle
 
 
 def test_default_capacity_is_the_models_context(bundle: Bundle) -> None:
-    assert engine.resolve_capacity(bundle.config, None) == POSITIONS
+    assert engine_spec.resolve_capacity(bundle.config, None) == POSITIONS
     with pytest.raises(ShapeError, match=f"no positions beyond {POSITIONS} tokens"):
         build_engine(bundle, EngineConfig(max_seq_len=POSITIONS + 1))
 
@@ -262,9 +264,9 @@ def test_a_wrong_structure_is_not_built(
 
 
 def test_a_missing_layer_is_counted(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = engine.expected_layers
+    right = engine_network.expected_layers
     monkeypatch.setattr(
-        engine,
+        engine_network,
         "expected_layers",
         lambda config, plugin_ops: right(config, plugin_ops) | {"KV_CACHE_UPDATE": 5, "PLUGIN_V3": 1},
     )
@@ -296,9 +298,8 @@ def test_parser_errors_are_attached_with_their_node(bundle: Bundle, monkeypatch:
 
 
 def test_builder_errors_are_attached(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        engine, "may_decompose", lambda dtype, plugin_ops=(): False
-    )  # float32 attention has no fused kernel
+    for module in (engine, engine_network):
+        monkeypatch.setattr(module, "may_decompose", lambda dtype, plugin_ops=(): False)  # float32 has no fused kernel
     with pytest.raises(EngineBuildError, match="builder refused the network") as caught:
         build_engine(bundle, SMALL)
     assert "is_decomposable" in str(caught.value)

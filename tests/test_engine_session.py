@@ -15,7 +15,8 @@ from gpu_stand_ins import FakeCuda, FakeDriver, FakeEngine
 from llama_export import _tensorrt, engine_session
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.config import TASKS, EngineConfig
-from llama_export.engine import build_engine, inspect_engine
+from llama_export.engine import build_engine
+from llama_export.engine_check import inspect_engine
 from llama_export.engine_session import EngineHeadSession, EngineSession, execution_blocker
 from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError, ToolchainError
 from llama_export.export import export_checkpoint

@@ -16,12 +16,14 @@ from gpu_stand_ins import FakeCuda, FakeDriver, FakeEngine
 from random_llama import write_random_checkpoint
 from support import split_in_shards
 
-from llama_export import _plan, _tensorrt, engine, engine_session
+from llama_export import _plan, _tensorrt, engine_session, engine_spec
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.cli import main
 from llama_export.config import EngineConfig, ExportConfig
-from llama_export.engine import build_engine, check_engine, inspect_engine, rebuild_command
+from llama_export.engine import build_engine
+from llama_export.engine_check import check_engine, inspect_engine
 from llama_export.engine_session import EngineSession
+from llama_export.engine_spec import rebuild_command
 from llama_export.engine_weights import bundle_tensors, make_weights_inputs
 from llama_export.errors import ArtifactMismatchError, ConfigError, EngineBuildError, ToolchainError
 from llama_export.export import export_checkpoint
@@ -125,12 +127,12 @@ def test_a_weight_that_is_copied_in_every_run_is_named(
 def test_plan_that_reads_a_weight_of_another_shape_is_refused(original: tuple[Bundle, Path]) -> None:
     bundle, path = original
     sidecar = inspect_engine(path)
-    assert not _plan.read_plan(path.read_bytes(), sidecar, engine.plugin_attributes(bundle.config))[1]
+    assert not _plan.read_plan(path.read_bytes(), sidecar, engine_spec.plugin_attributes(bundle.config))[1]
     sidecar["weights"]["tensors"][1]["shape"] = [1, 2]
     sidecar["weights"]["tensors"].append(
         {**sidecar["weights"]["tensors"][2], "name": "model.layers.9.mlp.up_proj.weight"}
     )
-    problems = _plan.read_plan(path.read_bytes(), sidecar, engine.plugin_attributes(bundle.config))[1]
+    problems = _plan.read_plan(path.read_bytes(), sidecar, engine_spec.plugin_attributes(bundle.config))[1]
     assert len(problems) == 4, "both in both profiles"
     assert "expected float32 [1, 2]" in problems[0]
     assert "`model.layers.9.mlp.up_proj.weight` is none []" in problems[1]

@@ -28,12 +28,14 @@ ORDER = (
     ("ops",),
     ("model",),
     ("bundle",),
-    ("conversion", "embedded"),
+    ("conversion", "embedded", "estimate"),
     ("runtime",),
     ("repeat",),
     ("export",),
     ("_plan", "_tensorrt"),
     ("plugins", "engine_weights"),
+    ("engine_spec",),
+    ("engine_network", "engine_check"),
     ("engine",),
     ("engine_session", "refit", "inspection"),
     ("parity",),
@@ -51,6 +53,7 @@ BASE = (
     "graph_io",
     "checkpoint",
     "bundle",
+    "estimate",
     "environment",
     "runtime",
     "cli",
@@ -234,7 +237,7 @@ def test_every_error_that_is_raised_has_a_hint() -> None:
     names = {cls.__name__ for cls in all_errors()} - {"MissingDependencyError"}
     without = []
     for path in FILES:
-        if unit_of(path) not in ("config", "checkpoint", "bundle", "cli"):
+        if unit_of(path) not in ("config", "checkpoint", "bundle", "estimate", "cli"):
             continue
         for node in ast.walk(tree(path)):
             called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None

@@ -20,7 +20,8 @@ from support import snapshot
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.cli import main
 from llama_export.config import EngineConfig
-from llama_export.engine import build_engine, check_engine
+from llama_export.engine import build_engine
+from llama_export.engine_check import check_engine
 from llama_export.export import export_checkpoint
 from llama_export.parity import stages as stages_module
 from llama_export.parity.calls import Answers

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_export.bundle import Bundle
-from llama_export.engine import check_engine
+from llama_export.engine_check import check_engine
 from llama_export.engine_session import EngineHeadSession, execution_blocker
 from llama_export.errors import ConfigError, MissingDependencyError
 from llama_export.graph_io import INTERFACES, is_single_text

@@ -24,7 +24,7 @@ from llama_export._process import trim_heap
 from llama_export.bundle import Bundle, sha256_of_file
 from llama_export.checkpoint import Checkpoint, load_checkpoint
 from llama_export.config import load_json_object
-from llama_export.engine import check_engine
+from llama_export.engine_check import check_engine
 from llama_export.errors import ConfigError, LlamaExportError, MissingDependencyError
 from llama_export.parity.metrics import Difference
 from llama_export.parity.result import LogitsSample, Stage, Tolerance

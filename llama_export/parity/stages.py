@@ -26,7 +26,8 @@ import numpy as np
 
 from llama_export.bundle import Bundle
 from llama_export.config import Backend, EngineConfig, expected_tensors
-from llama_export.engine import EngineFacts, build_engine, check_engine
+from llama_export.engine import build_engine
+from llama_export.engine_check import EngineFacts, check_engine
 from llama_export.engine_session import EngineSession, execution_blocker
 from llama_export.errors import ConfigError, MissingDependencyError
 from llama_export.kv_cache import cache_names

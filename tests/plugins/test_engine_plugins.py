@@ -26,7 +26,8 @@ import llama_export_plugins
 from llama_export import engine_session, plugins
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.config import CUSTOM_OPS, EngineConfig, ExportConfig
-from llama_export.engine import build_engine, check_engine, inspect_engine, installed_plugins
+from llama_export.engine import build_engine, installed_plugins
+from llama_export.engine_check import check_engine, inspect_engine
 from llama_export.errors import ArtifactMismatchError, EngineBuildError, LlamaExportError, ToolchainError
 from llama_export.export import export_checkpoint
 from llama_export.ops import OP_SPECS
