@@ -136,13 +136,14 @@ def exchange(left: Path, right: Path) -> bool:
     raise OSError(number, os.strerror(number), str(right))
 
 
-def commit(staging: Path, folder: Path, obsolete: Collection[str] = ()) -> None:
+def commit(staging: Path, folder: Path, obsolete: Collection[str] = (), unsynced: Collection[str] = ()) -> None:
     """Moves the files of ``staging`` into ``folder``: all of them, or, if cut off before the commit, none.
 
     Args:
         staging: on the same file system; gone afterwards.
         folder: may hold files of these names, which are replaced, and others, which stay.
         obsolete: names in ``folder`` that do not stay.
+        unsynced: names in ``staging`` whose content a power cut may spoil, because a hash beside them tells.
 
     Raises:
         OSError: nothing is changed. UnfinishedCommitError: whoever opens ``folder`` and may write to it finishes.
@@ -152,7 +153,7 @@ def commit(staging: Path, folder: Path, obsolete: Collection[str] = ()) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / name))
     if obsolete:
         (staging / _OBSOLETE_NAME).write_bytes(b"\0".join(os.fsencode(name) for name in sorted(obsolete)))
-    sync_folder(staging)
+    sync_folder(staging, unsynced)
     while True:
         try:
             os.rename(staging, folder / COMMIT_NAME)
@@ -219,10 +220,11 @@ def _remove_obsolete(folder: Path, listed: Path) -> None:
     listed.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path, unsynced: Collection[str] = ()) -> None:
     """Brings the files of a folder, then their names, to the disk."""
     for path in folder.iterdir():
-        sync(path)
+        if path.name not in unsynced:
+            sync(path)
     sync(folder)
 
 

@@ -41,11 +41,11 @@ from typing import Any
 from llama_export.kv_cache import present_name
 
 Buffer = Any
-"""bytes, a memory map, or TensorRT's host memory."""
+"""bytes, or a memory map."""
 
 _READABLE_PLANS = {"tensorrt-rtx": "1.7."}
 """Backend -> version prefix whose plan layout is checked."""
-_GRAPH_TEXT = re.compile(rb"header \{\n  version = \d[^\0]*")
+_GRAPH_BEGIN, _GRAPH_TEXT = b"header {\n  version = ", re.compile(rb"header \{\n  version = \d[^\0]*")
 _TENSOR_LINE = re.compile(r'^  tensor=\{.*? dims=\{ (.*?) \}.*? name="([^"]*)".* type=(\w+) \}', re.MULTILINE)
 _STRING = re.compile(rb"\x13\x80\x01\x00(.{8})\x01\x80\x0c\x80\x01\x00(.{8})", re.DOTALL)
 _DIMS = re.compile(rb"\x59\x80\x01\x00\x07\x80\x01\x00(.{4})\x01\x80\x09\x80\x01\x00(.{8})", re.DOTALL)
@@ -91,7 +91,7 @@ def read_plan(
             name = (entry["name"] + suffix).encode()
             if re.search(re.escape(len(name).to_bytes(8, "little") + name), plan) is None:
                 problems.append(f"the {profile} profile has no {entry['kind']} `{entry['name']}`")
-    graphs = [match.group().decode("utf-8", "replace") for match in _GRAPH_TEXT.finditer(plan)]
+    graphs = list(_graph_texts(plan))
     main = [graph for graph in graphs if _line(graph, "tf32")]
     caches = [entry for entry in sidecar["io"] if entry["alias_of"] is not None]
     records, copies = _plugin_records(plan) if sidecar["plugin_layers"] else ([], [])
@@ -125,6 +125,16 @@ def read_plan(
     return facts, problems
 
 
+def _graph_texts(plan: Buffer) -> Iterator[str]:
+    """The compiled graphs. ``find`` looks through gigabytes of weights twice as fast as a pattern does."""
+    at = plan.find(_GRAPH_BEGIN)
+    while at >= 0:
+        match = _GRAPH_TEXT.match(plan, at)
+        if match is not None:
+            yield match.group().decode("utf-8", "replace")
+        at = plan.find(_GRAPH_BEGIN, at + len(_GRAPH_BEGIN) if match is None else match.end())
+
+
 # ---- plugin layers ----------------------------------------------------------------------------------------------
 
 
@@ -149,8 +159,8 @@ def _strings(plan: Buffer) -> Iterator[tuple[str, int]]:
 
 
 def _bytes(plan: Buffer, begin: int, end: int) -> bytes:
-    """A copy of a part; TensorRT's own memory cannot be sliced."""
-    return bytes(memoryview(plan)[begin:end])
+    """A copy of a part."""
+    return bytes(plan[begin:end])
 
 
 def _plugin_records(plan: Buffer) -> tuple[list[_Record], list[str]]:

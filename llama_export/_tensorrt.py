@@ -6,18 +6,25 @@ Python API is the same. Used by :mod:`llama_export.engine` only.
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import mmap
 import os
 import platform
 import re
 import struct
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from llama_export.bundle import Progress
 from llama_export.errors import MissingDependencyError, ToolchainError
@@ -204,6 +211,95 @@ def message_log(trt: Any) -> Any:
 
 _LOGS: list[Any] = []
 """TensorRT keeps the address of a process's first log, for its registry too, without owning it: none may go."""
+
+
+# ---- weights in, plan out: neither is ever in this process's memory as a whole ------------------------------------
+
+
+class MappedWeights:
+    """The weight files of a bundle, mapped, for TensorRT's parser to read.
+
+    TensorRT copies a weight once and then reads it again when it serialises the plan; in between its pages are only in the
+    way. While this is entered, they are given back ten times a second: what is read again comes from the page cache.
+
+    Args:
+        folder: that holds the files.
+        proto: whose external initializers will be looked up.
+    """
+
+    def __init__(self, folder: Path, proto: Any) -> None:
+        self._maps: dict[str, mmap.mmap] = {}
+        self._places: dict[str, tuple[str, int, int]] = {}
+        for tensor in proto.graph.initializer:
+            place = {item.key: item.value for item in tensor.external_data}
+            if place:
+                self._places[tensor.name] = place["location"], int(place["offset"]), int(place["length"])
+        for name in sorted({file for file, _, _ in self._places.values()}):
+            with (folder / name).open("rb") as stream:
+                self._maps[name] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def addresses(self) -> Iterator[tuple[str, int, int]]:
+        """(name, address, bytes) of every external initializer; valid as long as this object."""
+        bases = {name: np.frombuffer(mapped, np.uint8).ctypes.data for name, mapped in self._maps.items()}
+        for name, (file, offset, length) in self._places.items():
+            yield name, bases[file] + offset, length
+
+    def __enter__(self) -> MappedWeights:
+        if self._maps and hasattr(mmap, "MADV_DONTNEED"):
+            self._thread = threading.Thread(target=self._release_pages, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _release_pages(self) -> None:
+        while not self._stop.wait(0.1):
+            for mapped in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def plan_writer(trt: Any, path: Path) -> Any:
+    """A TensorRT stream that writes a plan to a file and hashes it meanwhile; close it to know ``nbytes`` and ``sha256``.
+
+    What goes wrong with the file ends the build and is kept in ``error``: an exception must not cross TensorRT's C++ frames.
+    """
+
+    class PlanWriter(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.nbytes = 0
+            self.sha256 = ""
+            self.error: BaseException | None = None
+            self._stream = path.open("wb", buffering=0)
+            self._hash = hashlib.sha256()
+            self._worker = concurrent.futures.ThreadPoolExecutor(1)
+            self._hashed: concurrent.futures.Future[None] | None = None
+
+        def write(self, data: bytes) -> int:
+            try:
+                if self._hashed is not None:
+                    self._hashed.result()
+                self._hashed = self._worker.submit(self._hash.update, data)
+                view = memoryview(data)
+                while view:
+                    view = view[self._stream.write(view) :]
+                self.nbytes += len(data)
+                return len(data)
+            except BaseException as err:  # noqa: BLE001 - raised again after TensorRT's frames
+                self.error = err
+                return 0
+
+        def close(self) -> None:
+            self._worker.shutdown()
+            self._stream.close()
+            self.sha256 = self._hash.hexdigest()
+
+    return PlanWriter()
 
 
 def progress_monitor(trt: Any, progress: Progress) -> Any:

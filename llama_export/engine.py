@@ -24,9 +24,11 @@ Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import mmap
+import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from llama_export._commit import commit, staging_folder
 from llama_export._plan import is_readable, read_plan
 from llama_export._process import peak_rss_bytes
 from llama_export._tensorrt import (
+    MappedWeights,
     cuda_major,
     ensure_core_library_name,
     execution_blocker,
@@ -43,6 +46,7 @@ from llama_export._tensorrt import (
     load_backend,
     load_onnx,
     message_log,
+    plan_writer,
     progress_monitor,
 )
 from llama_export.bundle import (
@@ -171,13 +175,15 @@ def build_engine(
     )
     messages = message_log(trt)
     builder = trt.Builder(messages)
+    builder.max_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if library is not None:
         _load_plugins(trt, library, bundle, config)
     proto = tensorrt_proto(onnx, bundle, capacity, plugin_ops)
     if config.weights == "input":
         make_weights_inputs(onnx, proto, tensors)
-    # The parser keeps weights by reference into memory that it owns, so it must live as long as the network.
-    network, parser = _parse(trt, builder, proto, bundle.model_path, messages, library)
+    weights = MappedWeights(bundle.folder, proto)
+    # The network refers to the parser's memory and to the mapped weights: both must live until it is built.
+    network, parser = _parse(trt, builder, proto, bundle.model_path, weights, messages, library)
     inputs = weight_io(tensors) if config.weights == "input" else []
     layers, plugin_layers = check_network(trt, network, proto, bundle, capacity, plugin_ops, inputs)
     log(f"build: parsed {network.num_layers} layers in {time.perf_counter() - start:.1f} s, network checked")
@@ -185,76 +191,79 @@ def build_engine(
         counts = ", ".join(f"{count} {op}" for op, count in plugin_layers.items())
         log(f"build: plugin layers: {counts}; library {library.version}")
     profiles = engine_profiles(bundle, capacity, max_batch(bundle, config), config.profiles)
-    plan = _serialize(trt, builder, network, config, plugin_ops, profiles, messages, progress)
-    del parser
-    seconds = time.perf_counter() - start
+    with engine_staging(target) as staged:
+        with weights:
+            plan = _serialize(trt, builder, network, config, plugin_ops, profiles, messages, progress, staged)
+        del parser, network
+        seconds = time.perf_counter() - start
 
-    sidecar: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "created_by": {"llama_export": __version__, "onnx": onnx.__version__},
-        "backend": config.backend,
-        "backend_version": trt.__version__,
-        "ops": config.ops,
-        "plugin_layers": plugin_layers,
-        "plugin_library": None if library is None else library.identity,
-        "onnx_sha256": sha256_of_file(bundle.model_path),
-        "engine_sha256": hashlib.sha256(plan).hexdigest(),
-        "bytes": plan.nbytes,
-        "model": dict(bundle.manifest["model"]),
-        "task": bundle.task,
-        "dtype": bundle.dtype,
-        "weights": {
-            "mode": config.weights,
-            "bytes": sum(entry.nbytes for entry in tensors),
-            "tensors": weights_record(tensors) if config.weights == "input" else [],
-        },
-        "network_sha256": network_sha256(proto) if config.weights == "input" else None,
-        "max_seq_len": capacity,
-        "kv_cache_capacity": capacity if INTERFACES[bundle.task].has_cache else None,
-        "max_batch": max_batch(bundle, config),
-        "profiles": profiles,
-        "io": engine_io(bundle, capacity),
-        "layers": layers,
-        "settings": {
-            "tf32": config.tf32,
-            "strongly_typed": True,
-            "decomposable_attention": may_decompose(bundle.dtype, plugin_ops),
-            "version_compatible": config.version_compatible,
-        },
-        "cuda_major": cuda_major(config.backend),
-        "compute_capabilities": [],
-        "forward_compatible": False,
-        "weights_copied_per_run": [],
-        "compiled_graphs_sha256": None,
-        "build_seconds": round(seconds, 3),
-    }
-    if is_readable(sidecar):
-        facts, problems = read_plan(plan, sidecar, plugin_attributes(bundle.config))
-        if problems:
+        sidecar: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "created_by": {"llama_export": __version__, "onnx": onnx.__version__},
+            "backend": config.backend,
+            "backend_version": trt.__version__,
+            "ops": config.ops,
+            "plugin_layers": plugin_layers,
+            "plugin_library": None if library is None else library.identity,
+            "onnx_sha256": sha256_of_file(bundle.model_path),
+            "engine_sha256": plan.sha256,
+            "bytes": plan.nbytes,
+            "model": dict(bundle.manifest["model"]),
+            "task": bundle.task,
+            "dtype": bundle.dtype,
+            "weights": {
+                "mode": config.weights,
+                "bytes": sum(entry.nbytes for entry in tensors),
+                "tensors": weights_record(tensors) if config.weights == "input" else [],
+            },
+            "network_sha256": network_sha256(proto) if config.weights == "input" else None,
+            "max_seq_len": capacity,
+            "kv_cache_capacity": capacity if INTERFACES[bundle.task].has_cache else None,
+            "max_batch": max_batch(bundle, config),
+            "profiles": profiles,
+            "io": engine_io(bundle, capacity),
+            "layers": layers,
+            "settings": {
+                "tf32": config.tf32,
+                "strongly_typed": True,
+                "decomposable_attention": may_decompose(bundle.dtype, plugin_ops),
+                "version_compatible": config.version_compatible,
+            },
+            "cuda_major": cuda_major(config.backend),
+            "compute_capabilities": [],
+            "forward_compatible": False,
+            "weights_copied_per_run": [],
+            "compiled_graphs_sha256": None,
+            "build_seconds": round(seconds, 3),
+        }
+        if is_readable(sidecar):
+            with staged.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                facts, problems = read_plan(content, sidecar, plugin_attributes(bundle.config))
+            if problems:
+                raise EngineBuildError(
+                    "the builder made an engine that is not what the config implies",
+                    details=numbered("plan", problems),
+                    hint="this is a bug or an untested TensorRT version: see `llama-export env`",
+                )
+            sidecar |= facts
+        else:
+            sidecar["compute_capabilities"] = [gpu_compute_capability()]
+        asked = sorted(config.compute_capabilities, key=float)
+        if asked and sidecar["compute_capabilities"] != asked:
             raise EngineBuildError(
-                "the builder made an engine that is not what the config implies",
-                details=numbered("plan", problems),
+                "the builder compiled for other GPUs than it was asked for",
+                details={"got": ", ".join(sidecar["compute_capabilities"]), "expected": ", ".join(asked)},
                 hint="this is a bug or an untested TensorRT version: see `llama-export env`",
             )
-        sidecar |= facts
-    else:
-        sidecar["compute_capabilities"] = [gpu_compute_capability()]
-    asked = sorted(config.compute_capabilities, key=float)
-    if asked and sidecar["compute_capabilities"] != asked:
-        raise EngineBuildError(
-            "the builder compiled for other GPUs than it was asked for",
-            details={"got": ", ".join(sidecar["compute_capabilities"]), "expected": ", ".join(asked)},
-            hint="this is a bug or an untested TensorRT version: see `llama-export env`",
-        )
-    if library is not None:
-        for compute_capability in sidecar["compute_capabilities"]:
-            plugins.check_chip(library, compute_capability)
-    if copied := sidecar["weights_copied_per_run"]:
-        log(
-            f"build: TensorRT brings {', '.join(copied)} into another layout in every run; --weights constant does it once "
-            "(a vocabulary that is a multiple of 8 and plugin ops avoid it)"
-        )
-    write_engine(target, plan, sidecar)
+        if library is not None:
+            for compute_capability in sidecar["compute_capabilities"]:
+                plugins.check_chip(library, compute_capability)
+        if copied := sidecar["weights_copied_per_run"]:
+            log(
+                f"build: TensorRT brings {', '.join(copied)} into another layout in every run; --weights constant does it once "
+                "(a vocabulary that is a multiple of 8 and plugin ops avoid it)"
+            )
+        commit_engine(staged, sidecar)
     log(f"build: done in {seconds:.1f} s, {plan.nbytes:,} bytes, {ENGINES_NAME}/{target.name}")
     return EngineResult(
         engine=str(target),
@@ -361,9 +370,10 @@ def installed_plugins(backend: str) -> dict[str, Any]:
 
 
 def _parse(
-    trt: Any, builder: Any, proto: Any, model_path: Path, messages: Any, library: plugins.PluginLibrary | None
-) -> tuple[Any, Any]:
-    """(network, parser). The path, not a file at it, tells the parser where the weight files lie."""
+    trt: Any, builder: Any, proto: Any, model_path: Path, weights: MappedWeights, messages: Any,
+    library: plugins.PluginLibrary | None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(network, parser). The weights are given to the parser where they are mapped; it opens no file."""
     # TensorRT 11 knows no other typing and may drop the flag.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
@@ -371,7 +381,9 @@ def _parse(
     if library is not None:
         parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
         plugins.take_library_error(library)  # an earlier parse may have left one
-    if not parser.parse(proto.SerializeToString(), str(model_path.resolve())):
+    parsed = parser.load_model_proto(proto.SerializeToString(), str(model_path.resolve()))
+    parsed = parsed and all(parser.load_initializer(*place) for place in weights.addresses())
+    if not (parsed and parser.parse_model_proto()):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         refusal = None if library is None else plugins.take_library_error(library)
         if refusal is not None:
@@ -397,9 +409,9 @@ def _parser_error(error: Any) -> str:
 
 def _serialize(
     trt: Any, builder: Any, network: Any, config: EngineConfig, plugin_ops: Collection[str], profiles: Profiles,
-    messages: Any, progress: Progress,
+    messages: Any, progress: Progress, path: Path,
 ) -> Any:  # fmt: skip
-    """The plan, in memory that TensorRT owns."""
+    """Builds the plan into a file, as it is serialised: it is never in memory as a whole. Gives its ``nbytes`` and ``sha256``."""
     settings = builder.create_builder_config()
     for shapes in profiles.values():
         profile = builder.create_optimization_profile()
@@ -426,10 +438,15 @@ def _serialize(
         settings.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     monitor = progress_monitor(trt, progress)
     settings.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, settings)
-    if monitor.interruption is not None:
-        raise monitor.interruption
-    if plan is None:
+    plan = plan_writer(trt, path)
+    try:
+        built = builder.build_serialized_network_to_stream(network, settings, plan)
+    finally:
+        plan.close()
+    for interruption in (monitor.interruption, plan.error):
+        if interruption is not None:
+            raise interruption
+    if not built:
         raise EngineBuildError(
             "TensorRT's builder refused the network",
             details=numbered("message", messages.lines()),
@@ -494,18 +511,38 @@ _REFUSALS = {
 """What TensorRT says -> what to do."""
 
 
-def write_engine(target: Path, plan: Any, sidecar: Mapping[str, Any]) -> None:
-    """Both files appear together, or the old ones stay, whenever this is killed: see :mod:`llama_export._commit`."""
+def write_engine(target: Path, content: bytes, sidecar: Mapping[str, Any]) -> None:
+    """An engine whose bytes are there already, and its sidecar."""
+    with engine_staging(target) as staged:
+        staged.write_bytes(content)
+        commit_engine(staged, sidecar)
+
+
+@contextlib.contextmanager
+def engine_staging(target: Path) -> Iterator[Path]:
+    """Where to write an engine before :func:`commit_engine`; nothing stays of it without one.
+
+    Raises:
+        ToolchainError: no space. ExportError: the folder cannot be written to.
+    """
     folder = target.parent
     is_new = not folder.exists()
     try:
         folder.mkdir(exist_ok=True)
         with staging_folder(folder) as staging:
-            write_atomically(staging / target.name, plan)
-            write_atomically(staging / target.with_suffix(".json").name, json_bytes(sidecar))
-            commit(staging, folder)
+            yield staging / target.name
     except OSError as err:
         raise write_error(err, folder) from err
     finally:
         if is_new and folder.exists() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def commit_engine(staged: Path, sidecar: Mapping[str, Any]) -> None:
+    """Engine and sidecar appear together, or the old ones stay, whenever this is killed: see :mod:`llama_export._commit`.
+
+    The engine is not synced, which would take as long as the build: what a power cut makes of it, its hash tells, and a build
+    makes it again.
+    """
+    write_atomically(staged.with_suffix(".json"), json_bytes(sidecar))
+    commit(staged.parent, staged.parent.parent, unsynced={staged.name})
