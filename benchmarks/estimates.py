@@ -1,6 +1,6 @@
 """What exports and builds cost, and what ``llama_export.estimate`` says before: the proof of its formulas.
 
-    python benchmarks/estimates.py                  # measures everything (some 7 minutes, 6 GB of disk), and the table
+    python benchmarks/estimates.py                  # measures everything (some 9 minutes, 6 GB of disk), and the table
     python benchmarks/estimates.py --only "build 1b"  # some of it; writes no file
     python benchmarks/estimates.py --table          # the newest measurement beside today's formulas; measures nothing
 

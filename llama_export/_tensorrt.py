@@ -264,9 +264,10 @@ class MappedWeights:
 
 
 def plan_writer(trt: Any, path: Path) -> Any:
-    """A TensorRT stream that writes a plan to a file and hashes it meanwhile; close it to know ``nbytes`` and ``sha256``.
+    """A TensorRT stream that writes a plan to a file and hashes it; close it to know ``nbytes`` and ``sha256``.
 
-    What goes wrong with the file ends the build and is kept in ``error``: an exception must not cross TensorRT's C++ frames.
+    A piece is written and hashed by two threads while TensorRT makes the next one. What goes wrong with the file ends the
+    build and is kept in ``error``: an exception must not cross TensorRT's C++ frames.
     """
 
     class PlanWriter(trt.IStreamWriter):  # type: ignore[misc]
@@ -277,25 +278,33 @@ def plan_writer(trt: Any, path: Path) -> Any:
             self.error: BaseException | None = None
             self._stream = path.open("wb", buffering=0)
             self._hash = hashlib.sha256()
-            self._worker = concurrent.futures.ThreadPoolExecutor(1)
-            self._hashed: concurrent.futures.Future[None] | None = None
+            self._workers = concurrent.futures.ThreadPoolExecutor(2)
+            self._pending: list[concurrent.futures.Future[None]] = []
 
         def write(self, data: bytes) -> int:
-            try:
-                if self._hashed is not None:
-                    self._hashed.result()
-                self._hashed = self._worker.submit(self._hash.update, data)
-                view = memoryview(data)
-                while view:
-                    view = view[self._stream.write(view) :]
-                self.nbytes += len(data)
-                return len(data)
-            except BaseException as err:  # noqa: BLE001 - raised again after TensorRT's frames
-                self.error = err
+            if not self._finish_piece():
                 return 0
+            self._pending = [self._workers.submit(work, data) for work in (self._put, self._hash.update)]
+            self.nbytes += len(data)
+            return len(data)
+
+        def _put(self, data: bytes) -> None:
+            view = memoryview(data)
+            while view:
+                view = view[self._stream.write(view) :]
+
+        def _finish_piece(self) -> bool:
+            try:
+                for item in self._pending:
+                    item.result()
+            except BaseException as err:  # noqa: BLE001 - raised again after TensorRT's frames
+                self.error = self.error or err
+            self._pending = []
+            return self.error is None
 
         def close(self) -> None:
-            self._worker.shutdown()
+            self._finish_piece()
+            self._workers.shutdown()
             self._stream.close()
             self.sha256 = self._hash.hexdigest()
 

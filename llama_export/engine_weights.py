@@ -123,9 +123,17 @@ def weights_record(entries: Sequence[TensorEntry]) -> list[dict[str, Any]]:
 
 def model_differences(recorded: Mapping[str, Any], bundle: Bundle) -> list[str]:
     """Facts of the config in which a bundle's model differs from the one an engine was built for."""
-    got = bundle.manifest["model"]
+    got, expected = _flat(bundle.manifest["model"]), _flat(recorded)
     return [
-        f"{key}: {got.get(key)}, the engine was built for {recorded.get(key)}"
-        for key in sorted(recorded.keys() | got.keys())
-        if recorded.get(key) != got.get(key)
+        f"{key}: {got.get(key)}, the engine was built for {expected.get(key)}"
+        for key in sorted(expected.keys() | got.keys())
+        if expected.get(key) != got.get(key)
     ]
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope.rope_type`` for what lies in an object of its own."""
+    found: dict[str, Any] = {}
+    for key, value in facts.items():
+        found |= {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+    return found

@@ -113,23 +113,27 @@ class BuildWork:
         return round(self.engine_weight_bytes + self.profiles * (base + layer * self.layers) * _MB)
 
     def estimate(self) -> Estimate:
-        """0.125 GB, as much again in the libraries' pages, and something for each layer; then the engine twice, for the
-        builder holds the weights it was given and those of the plan at once.
+        """0.19 GB, and something for each layer; with constant weights 1.5 x the engine, for the builder holds the weights it was
+        given and, while it serialises, those of the plan.
 
-        Weights that are mapped count as pages of a file; embedded ones are held twice, as a graph and as what the parser is
-        given; the largest one that is cast is held besides.
+        Pages of files: 0.125 GB of libraries, and what is in memory at the peak of the weights that are mapped, whose pages are
+        given back meanwhile. Embedded weights are held twice, as a graph and as what the parser is given; the largest one that is
+        cast is held besides.
 
         Time: 0.7 s; for each profile something a layer, which with TensorRT's own attention grows with the number of layers;
         7 s a GB of weights in the engine, 4 s a GB of embedded ones.
         """
         engine, layers = self.engine_bytes, self.layers
-        held = 0.125 * _GB + _HELD_MB[self.ops][self.engine_weight_bytes > 0] * _MB * layers + 2 * engine
+        if self.engine_weight_bytes:
+            held = 0.215 * _GB + _HELD_CONSTANT_MB[self.ops] * _MB * layers * self.profiles + 1.48 * engine
+        else:
+            held = 0.192 * _GB + _HELD_INPUT_MB[self.ops] * _MB * layers
         held += 2 * self.embedded_bytes + self.largest_cast_bytes
         seconds = 0.7 + self.profiles * layers * (_SECONDS[self.ops] + (0.0043 * layers if self.ops == "native" else 0))
         seconds += 7 * self.engine_weight_bytes / _GB + 4 * self.embedded_bytes / _GB
         return Estimate(
             disk_bytes=engine,
-            ram_bytes=round(held + 0.125 * _GB + self.mapped_bytes),
+            ram_bytes=round(held + 0.125 * _GB + min(0.3 * self.mapped_bytes, 0.45 * _GB)),
             held_bytes=round(held),
             seconds=seconds,
         )
@@ -141,8 +145,10 @@ _ENGINE_MB = {
     "native": ((2.1, 0.205), (2.2, 0.17)),
 }
 """Ops -> (weights as inputs, constant weights) -> MB of a profile, besides the weights: of any model, and for each layer."""
-_HELD_MB = {"plugin": (1.8, 4.5), "mixed": (4.7, 7.4), "native": (8.7, 10.5)}
-"""Ops -> (weights as inputs, constant weights) -> MB that the builder holds for each layer."""
+_HELD_INPUT_MB = {"plugin": 2.1, "mixed": 7.3, "native": 10.1}
+"""Ops -> MB that the builder holds for each layer, where weights are inputs."""
+_HELD_CONSTANT_MB = {"plugin": 0.0, "mixed": 2.0, "native": 4.4}
+"""Ops -> the same for each layer and profile beside constant weights. ``mixed`` is a guess between the two."""
 _SECONDS = {"plugin": 0.05, "mixed": 0.075, "native": 0.07}
 """Ops -> seconds for each layer of a profile."""
 

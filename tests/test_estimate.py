@@ -96,8 +96,10 @@ def test_cost_grows_with_what_is_done() -> None:
     build = BuildWork(layers=32, profiles=1, ops="plugin")
     for more in ({"profiles": 2}, {"ops": "native"}, {"engine_weight_bytes": 10**9}, {"layers": 80}):
         other: Any = dataclasses.replace(build, **more).estimate()
-        for key in ("disk_bytes", "ram_bytes", "held_bytes", "seconds"):
+        for key in ("disk_bytes", "seconds"):
             assert getattr(other, key) > getattr(build.estimate(), key)
+        for key in ("ram_bytes", "held_bytes"):  # profiles are built one after the other
+            assert getattr(other, key) >= getattr(build.estimate(), key) + (0 if "profiles" in more else 1)
 
 
 # ---- what decides the cost --------------------------------------------------------------------------------------
@@ -196,7 +198,7 @@ def test_405b_is_estimated_from_headers_in_less_than_a_second(tmp_path: Path, me
     build = estimate_build(bundle, EngineConfig(ignore_estimate=True), lines.append)
     assert time.process_time() - start < 1
     assert found.disk_bytes in (0, (bundle.folder / "model.safetensors").stat().st_size)
-    assert build.held_bytes > 2 * 811e9
+    assert build.held_bytes > 1.4 * 811e9
     assert lines[0].startswith("export: about 6 s, 0.5 GB of memory")
     assert lines[0].endswith(", 0 bytes of weights to write")
 
@@ -378,17 +380,17 @@ def test_8b_engine_on_a_small_machine_is_refused_for_weights_as_inputs(tmp_path:
     bundle = hollow_bundle(tmp_path, EIGHT)
     memory.available = 21_000_000_000
     before = sorted(tmp_path.rglob("*"))  # the content is a hole of 16 GB
-    with pytest.raises(ToolchainError, match="this build needs about 32 GB of memory") as caught:
+    with pytest.raises(ToolchainError, match="this build needs about 24 GB of memory") as caught:
         estimate_build(bundle, EngineConfig(), lambda line: pytest.fail(line))
     assert caught.value.exit_code == 3
-    assert caught.value.details == {"got": "21 GB available", "expected": "32 GB, besides pages of files"}
-    assert caught.value.hint == "--weights input needs 0.2 GB and writes an engine of 14 MB, or pass --ignore-estimate"
+    assert caught.value.details == {"got": "21 GB available", "expected": "24 GB, besides pages of files"}
+    assert caught.value.hint == "--weights input needs 0.3 GB and writes an engine of 14 MB, or pass --ignore-estimate"
     assert sorted(tmp_path.rglob("*")) == before
     lines: list[str] = []
     estimate_build(bundle, EngineConfig(weights="input"), lines.append)
-    assert lines == ["build: about 4 s, 0.3 GB of memory (0.1 GB of it pages of files), 14 MB of engine to write"]
+    assert lines == ["build: about 4 s, 0.4 GB of memory (0.1 GB of it pages of files), 14 MB of engine to write"]
     estimate_build(bundle, EngineConfig(ignore_estimate=True), lines.append)
-    assert "; warning: this build needs about 32 GB of memory, 21 GB available: " in lines[1]
+    assert "; warning: this build needs about 24 GB of memory, 21 GB available: " in lines[1]
 
 
 def test_refusal_needs_more_than_the_formulas_may_be_wrong(tmp_path: Path, memory: SimpleNamespace) -> None:
