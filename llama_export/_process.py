@@ -1,4 +1,8 @@
-"""This process's memory: what results report of it, and when it is given back."""
+"""This process's memory: what results report of it, what it can still take, and when it is given back.
+
+Source: https://docs.kernel.org/filesystems/proc.html#meminfo (MemAvailable),
+https://docs.kernel.org/admin-guide/cgroup-v2.html (memory.max), https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
+"""
 
 from __future__ import annotations
 
@@ -17,27 +21,61 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def available_memory_bytes() -> int | None:
-    """Memory that this process can still take without swapping: the system's, capped by its control group; None if unknown."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        found = int(text.partition("MemAvailable:")[2].split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that a process can still take: what the kernel says is available, and free swap; at most what the control
+    groups of this process leave it. None where the system does not tell (not Linux).
+
+    Args:
+        root: of the file system; tests make their own.
+    """
+    meminfo = _fields(root / "proc/meminfo")
+    if "MemAvailable:" not in meminfo:
         return None
-    return min([found, *_group_headrooms()])
+    free = (meminfo["MemAvailable:"] + meminfo.get("SwapFree:", 0)) * 1024
+    return max(0, min([free, *_left_in_control_groups(root)]))
 
 
-_GROUP = Path("/sys/fs/cgroup")
-_GROUP_FILES = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-"""Limit and use below the mount point: control groups of version 2, and of version 1."""
+def _left_in_control_groups(root: Path) -> Iterator[int]:
+    """What each control group of this process that limits memory leaves: the limit less what is used, pages of files left out,
+    for they are taken back before the limit is felt."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "none", "")
+        kind = "memory" if "memory" in controllers.split(",") else controllers
+        if kind not in _CGROUP_FILES:
+            continue
+        mount, limit_name, usage_name, prefix = _CGROUP_FILES[kind]
+        top = root / mount
+        # A path out of the mount is of a group that is not visible here.
+        group = top if ".." in path.split("/") else top / path.strip("/")
+        # In a container the path may be the host's, which is not mounted here: its own group then is at the top.
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(top):
+                break
+            limit, usage = _text(folder / limit_name).strip(), _text(folder / usage_name).strip()
+            if limit.isdigit() and usage.isdigit():  # "max": no limit
+                stat = _fields(folder / "memory.stat")
+                pages = sum(stat.get(f"{prefix}{name}", 0) for name in ("active_file", "inactive_file"))
+                yield int(limit) - max(0, int(usage) - pages)
 
 
-def _group_headrooms() -> list[int]:
-    found = []
-    for limit, used in _GROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            found.append(int((_GROUP / limit).read_text()) - int((_GROUP / used).read_text()))
-    return found
+_CGROUP_FILES = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", ""),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
+"""Controllers of a line of ``/proc/self/cgroup`` (none: version 2) -> mount, limit, usage, prefix of sums over children."""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """``name number`` of each line."""
+    pairs = (line.split()[:2] for line in _text(path).splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
 def trim_heap() -> None:

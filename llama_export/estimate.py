@@ -13,9 +13,6 @@ measures again and prints estimate beside measured; ``tests/test_estimate.py`` h
   is available.
 * Seconds are CPU seconds of the whole process, imports included, on a machine like that one. A slow disk adds to them. Nothing
   is refused for them.
-
-Source: https://docs.kernel.org/filesystems/proc.html#meminfo (MemAvailable),
-https://docs.kernel.org/admin-guide/cgroup-v2.html (memory.max), https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
 """
 
 from __future__ import annotations
@@ -23,11 +20,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from llama_export._process import available_memory
 from llama_export.bundle import Bundle, Destination, shares_blocks
 from llama_export.checkpoint import DTYPE_BYTES, Checkpoint, read_safetensors_header
 from llama_export.config import EngineConfig, ExportConfig, Task, expected_tensors
@@ -232,63 +230,6 @@ def stored_dtype(bundle: Bundle) -> str:
 
 
 # ---- what this machine has --------------------------------------------------------------------------------------
-
-
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that a process can still take: what the kernel says is available, and free swap; at most what the control
-    groups of this process leave it. None where the system does not tell (not Linux).
-
-    Args:
-        root: of the file system; tests make their own.
-    """
-    meminfo = _fields(root / "proc/meminfo")
-    if "MemAvailable:" not in meminfo:
-        return None
-    free = (meminfo["MemAvailable:"] + meminfo.get("SwapFree:", 0)) * 1024
-    return max(0, min([free, *_left_in_control_groups(root)]))
-
-
-def _left_in_control_groups(root: Path) -> Iterator[int]:
-    """What each control group of this process that limits memory leaves: the limit less what is used, pages of files left out,
-    for they are taken back before the limit is felt."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "none", "")
-        kind = "memory" if "memory" in controllers.split(",") else controllers
-        if kind not in _CGROUP_FILES:
-            continue
-        mount, limit_name, usage_name, prefix = _CGROUP_FILES[kind]
-        top = root / mount
-        # A path out of the mount is of a group that is not visible here.
-        group = top if ".." in path.split("/") else top / path.strip("/")
-        # In a container the path may be the host's, which is not mounted here: its own group then is at the top.
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(top):
-                break
-            limit, usage = _text(folder / limit_name).strip(), _text(folder / usage_name).strip()
-            if limit.isdigit() and usage.isdigit():  # "max": no limit
-                stat = _fields(folder / "memory.stat")
-                pages = sum(stat.get(f"{prefix}{name}", 0) for name in ("active_file", "inactive_file"))
-                yield int(limit) - max(0, int(usage) - pages)
-
-
-_CGROUP_FILES = {
-    "": ("sys/fs/cgroup", "memory.max", "memory.current", ""),
-    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-}
-"""Controllers of a line of ``/proc/self/cgroup`` (none: version 2) -> mount, limit, usage, prefix of sums over children."""
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _fields(path: Path) -> dict[str, int]:
-    """``name number`` of each line."""
-    pairs = (line.split()[:2] for line in _text(path).splitlines())
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
 def free_disk(folder: Path) -> int | None:

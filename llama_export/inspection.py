@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_export import plugins
 from llama_export._tensorrt import execution_blocker, load_backend, message_log
+from llama_export.checkpoint import DTYPE_BYTES
 from llama_export.engine_check import inspect_engine
 from llama_export.engine_spec import MAX_LOGITS, rebuild_command
 from llama_export.errors import LlamaExportError
@@ -19,7 +20,7 @@ from llama_export.errors import LlamaExportError
 if TYPE_CHECKING:
     from rich.console import Console
 
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+_ITEM_BYTES = {**DTYPE_BYTES, "int64": 8}
 
 
 def describe_engine(path: Path) -> dict[str, Any]:

@@ -7,13 +7,14 @@ other bundle's ``engines`` with a sidecar that says where *its* weights lie.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama_export._tensorrt import load_onnx
 from llama_export.bundle import ENGINES_NAME, Bundle
+from llama_export.checkpoint import TensorEntry
 from llama_export.config import EngineConfig
 from llama_export.engine import tensorrt_proto, write_engine
 from llama_export.engine_check import check_engine, inspect_engine
@@ -68,8 +69,9 @@ def refit_engine(
             if mode == "constant"
             else "a stripped engine needs no refit by hand: a session puts the weights of its bundle back",
         )
-    _check_same_network(sidecar, engine_path, bundle)
+    _check_same_model(sidecar, engine_path, bundle)
     tensors = bundle_tensors(bundle)
+    _check_same_network(sidecar, bundle, tensors)
     target = bundle.folder / ENGINES_NAME / engine_path.name
     is_same = target.exists() and target.samefile(engine_path)
     if target.exists() and not (force or is_same):
@@ -98,8 +100,8 @@ def refit_engine(
     )
 
 
-def _check_same_network(sidecar: dict[str, Any], engine_path: Path, bundle: Bundle) -> None:
-    """Refuses a bundle whose graph is another one than the engine was built from."""
+def _check_same_model(sidecar: Mapping[str, Any], engine_path: Path, bundle: Bundle) -> None:
+    """Refuses a bundle of another architecture, field by field."""
     differences = [
         line for line in model_differences(sidecar["model"], bundle) if line.partition(":")[0] not in _NOT_IN_THE_GRAPH
     ]
@@ -115,10 +117,13 @@ def _check_same_network(sidecar: dict[str, Any], engine_path: Path, bundle: Bund
             },
             hint=f"build an engine of this bundle: {rebuild_command(sidecar, bundle.folder)}",
         )
+
+
+def _check_same_network(sidecar: Mapping[str, Any], bundle: Bundle, tensors: Sequence[TensorEntry]) -> None:
+    """Refuses a bundle whose graph is another one than the engine was built from."""
     settings = EngineConfig(backend=sidecar["backend"], ops=sidecar["ops"])
     onnx = load_onnx(settings.backend)
     proto = tensorrt_proto(onnx, bundle, sidecar["max_seq_len"], settings.plugin_ops & bundle.ops)
-    tensors = bundle_tensors(bundle)
     require_stored_dtype(bundle, tensors)
     make_weights_inputs(onnx, proto, tensors)
     if (got := network_sha256(proto)) != sidecar["network_sha256"]:

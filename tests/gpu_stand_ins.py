@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
+from llama_export import _tensorrt, engine_session
 from llama_export.bundle import Bundle
+from llama_export.engine_check import inspect_engine
 from llama_export.engine_weights import bundle_tensors, make_weights_inputs
 
 
@@ -131,3 +135,15 @@ class FakeEngine:
                 return False
             self.array(entry["name"], value.shape, entry["dtype"])[...] = value
         return True
+
+
+def put_on_gpu(monkeypatch: pytest.MonkeyPatch, trt: Any, bundle: Bundle, path: Path) -> FakeEngine:
+    """Replaces TensorRT, CUDA and the GPU of a session by stand-ins on the host; gives the stand-in of one engine."""
+    fake = FakeEngine(bundle, inspect_engine(path))
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: fake if data == path.read_bytes() else None)
+    module = SimpleNamespace(ILogger=trt.ILogger, Runtime=lambda log: runtime, __version__=trt.__version__)
+    monkeypatch.setattr(engine_session, "load_backend", lambda backend: module)
+    monkeypatch.setattr(engine_session, "load_cuda_runtime", lambda backend: FakeCuda())
+    monkeypatch.setattr(engine_session, "execution_blocker", lambda backend: None)
+    monkeypatch.setattr(_tensorrt, "_load_driver", lambda: FakeDriver(8, 9))
+    return fake

@@ -5,18 +5,16 @@ from __future__ import annotations
 import runpy
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from gpu_stand_ins import FakeCuda, FakeDriver, FakeEngine
+from gpu_stand_ins import FakeDriver, FakeEngine, put_on_gpu
 
-from llama_export import _tensorrt, engine_session
+from llama_export import _tensorrt
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.config import TASKS, EngineConfig
 from llama_export.engine import build_engine
-from llama_export.engine_check import inspect_engine
 from llama_export.engine_session import EngineHeadSession, EngineSession, execution_blocker
 from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError, ToolchainError
 from llama_export.export import export_checkpoint
@@ -55,17 +53,7 @@ def test_execution_blocker_says_why(
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> PutOnGpu:
     """Replaces TensorRT, CUDA and the GPU by stand-ins on the host; gives the stand-in of one engine."""
 
-    def put(bundle: Bundle, path: Path) -> FakeEngine:
-        fake = FakeEngine(bundle, inspect_engine(path))
-        runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: fake if data == path.read_bytes() else None)
-        module = SimpleNamespace(ILogger=trt.ILogger, Runtime=lambda log: runtime, __version__=trt.__version__)
-        monkeypatch.setattr(_tensorrt, "_load_driver", lambda: FakeDriver(8, 9))
-        monkeypatch.setattr(engine_session, "load_backend", lambda backend: module)
-        monkeypatch.setattr(engine_session, "load_cuda_runtime", lambda backend: FakeCuda())
-        monkeypatch.setattr(engine_session, "execution_blocker", lambda backend: None)
-        return fake
-
-    return put
+    return lambda bundle, path: put_on_gpu(monkeypatch, trt, bundle, path)
 
 
 @pytest.fixture

@@ -6,13 +6,12 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from gpu_stand_ins import FakeCuda, FakeDriver, FakeEngine
+from gpu_stand_ins import FakeDriver, FakeEngine, put_on_gpu
 from random_llama import write_random_checkpoint
 from support import split_in_shards
 
@@ -178,17 +177,7 @@ def test_engine_of_another_layout_of_the_same_files_is_refused(original: tuple[B
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Bundle, Path], FakeEngine]:
     """Stand-ins for TensorRT, CUDA and the GPU; the engine's computes with what is bound, weights included."""
 
-    def put(bundle: Bundle, path: Path) -> FakeEngine:
-        fake = FakeEngine(bundle, inspect_engine(path))
-        runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: fake)
-        module = SimpleNamespace(ILogger=trt.ILogger, Runtime=lambda log: runtime, __version__=trt.__version__)
-        monkeypatch.setattr(engine_session, "load_backend", lambda backend: module)
-        monkeypatch.setattr(engine_session, "load_cuda_runtime", lambda backend: FakeCuda())
-        monkeypatch.setattr(engine_session, "execution_blocker", lambda backend: None)
-        monkeypatch.setattr(_tensorrt, "_load_driver", lambda: FakeDriver(8, 9))
-        return fake
-
-    return put
+    return lambda bundle, path: put_on_gpu(monkeypatch, trt, bundle, path)
 
 
 def test_refitted_engine_computes_the_other_checkpoint(

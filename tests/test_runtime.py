@@ -545,7 +545,7 @@ def test_weights_that_memory_cannot_hold_widened_are_widened_as_they_are_used(
     monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
     logits, notes = [], []
     for free in (1 << 40, 100_000):
-        monkeypatch.setattr(session_module, "available_memory_bytes", lambda free=free: free)
+        monkeypatch.setattr(session_module, "available_memory", lambda free=free: free)
         session = OnnxRuntimeSession(bundle, max_seq_len=16)
         logits.append(session.step([[3, 1, 4]]))
         notes.append(session.note)

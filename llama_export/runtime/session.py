@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_export._process import available_memory_bytes
+from llama_export._process import available_memory
 from llama_export.bundle import Bundle
 from llama_export.config import LlamaConfig, count_parameters
 from llama_export.errors import ConfigError, MissingDependencyError, ShapeError, ToolchainError
@@ -301,7 +301,7 @@ def open_graph(bundle: Bundle, threads: int | None = None) -> OpenGraph:
     if threads is not None:
         options.intra_op_num_threads = threads
     disabled, note = [], precision_note(bundle.dtype)
-    available = available_memory_bytes()
+    available = available_memory()
     needed = int(_WIDENING * 4 * count_parameters(bundle.config, bundle.task))  # type: ignore[arg-type]
     if _is_stored_narrow(bundle) and available is not None and needed > 0.9 * available:
         disabled = ["ConstantFolding"]
