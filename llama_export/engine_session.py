@@ -45,7 +45,14 @@ from llama_export.engine_weights import bundle_tensors
 from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError, ToolchainError
 from llama_export.graph_io import INTERFACES
 from llama_export.kv_cache import cache_names, cache_shape
-from llama_export.runtime.session import Float32Array, Int64Array, checked_texts
+from llama_export.runtime.session import (
+    Float32Array,
+    Int64Array,
+    checked_rewind,
+    checked_rows,
+    checked_step,
+    checked_texts,
+)
 
 __all__ = ["EngineHeadSession", "EngineSession", "execution_blocker"]
 
@@ -175,6 +182,10 @@ class LoadedEngine:
             self.read(name, host)
         return found
 
+    def move(self, target: int, source: int, nbytes: int) -> None:
+        """Copies device memory to other device memory."""
+        self.call("cudaMemcpy", target, source, nbytes, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
+
     def read(self, name: str, host: NDArray[Any]) -> None:
         """Copies a tensor's device memory into a host array of its size."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
@@ -278,18 +289,58 @@ class EngineSession:
         self._loaded = LoadedEngine(bundle, engine_path, batch_size=batch_size)
         self.facts = self._loaded.facts
         self.config, self.dtype, self.backend = bundle.config, bundle.dtype, self.facts.backend
-        self.capacity, self.batch_size = self.facts.max_seq_len, batch_size
-        self._cache_shape = cache_shape(self.config, batch_size, self.capacity)
-        self._cache_bytes = int(np.prod(self._cache_shape)) * (4 if self.dtype == "float32" else 2)
+        self.capacity = self.facts.max_seq_len
+        self.note: str | None = None
+        """What a user must know about precision and speed: an engine computes in its bundle's dtype."""
+        self._row_bytes = int(np.prod(cache_shape(self.config, 1, self.capacity))) * (
+            4 if self.dtype == "float32" else 2
+        )
         self._names = list(cache_names(self.config.num_hidden_layers))
-        for past, _ in self._names:
-            self._loaded.call("cudaMemset", self._loaded.address(past, self._cache_bytes), 0, self._cache_bytes)
-        self.past_length: Int64Array = np.zeros(batch_size, np.int64)
+        self._zeroed_rows = 0
+        self.reset(batch_size)
+
+    @property
+    def batch_size(self) -> int:
+        """B, rows in use."""
+        return len(self.past_length)
+
+    def reset(self, batch_size: int | None = None) -> None:
+        """Forgets all tokens, and may change the number of rows. Old entries stay in the buffers, finite and never seen.
+
+        Raises:
+            ShapeError: more rows than the engine serves.
+        """
+        rows = self.batch_size if batch_size is None else batch_size
+        _check_rows(rows, self.facts.max_batch)
+        if rows > self._zeroed_rows:
+            for past, _ in self._names:
+                nbytes = rows * self._row_bytes
+                self._loaded.call("cudaMemset", self._loaded.address(past, nbytes), 0, nbytes)
+            self._zeroed_rows = rows
+        self.past_length: Int64Array = np.zeros(rows, np.int64)
         """[B], valid tokens in each row of the cache."""
 
-    def reset(self) -> None:
-        """Forgets all tokens. Old entries stay in the buffers, finite and never seen."""
-        self.past_length[:] = 0
+    def rewind(self, past_length: Sequence[int]) -> None:
+        """Forgets what follows the first ``past_length[b]`` tokens of each row b.
+
+        Raises:
+            ShapeError: another number of rows, or more tokens than a row holds.
+        """
+        self.past_length = checked_rewind(past_length, self.past_length)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Makes row ``rows[i]`` the new row i, moved on the GPU; what is not named is forgotten.
+
+        Raises:
+            ShapeError: no row, one that is not there, or rows that are not in ascending order.
+        """
+        checked_rows(rows, self.batch_size)
+        for past, _ in self._names:
+            begin = self._loaded.address(past, self._row_bytes)
+            for new, old in enumerate(rows):  # new <= old: nothing is overwritten before it is moved
+                if new != old:
+                    self._loaded.move(begin + new * self._row_bytes, begin + old * self._row_bytes, self._row_bytes)
+        self.past_length = self.past_length[list(rows)]
 
     def step(
         self,
@@ -301,38 +352,47 @@ class EngineSession:
         """Appends tokens to the cache: a prefill, a chunk of one, or a decode step.
 
         Args:
-            input_ids: [B, S], right-padded; ids within the vocabulary are the caller's duty.
-            sequence_length: [B], valid tokens per row, 1..S; default S.
-            logits_index: [B, N], positions 0..S-1 that get logits; default the last valid one (N = 1).
+            input_ids: [M, S], right-padded; M <= B: the first M rows, the others stay as they are.
+            sequence_length: [M], valid tokens per row, 1..S; default S.
+            logits_index: [M, N], positions 0..S-1 that get logits; default the last valid one (N = 1).
 
         Returns:
-            logits [B, N, V], float32.
+            logits [M, N, V], float32.
 
         Raises:
-            ShapeError: another batch, more positions than the profile has, or more tokens than the cache can hold.
+            ShapeError: more rows than B, a token id outside the vocabulary, more positions than the profile has, or more
+                tokens than the cache can hold.
             ToolchainError: CUDA or TensorRT failed.
         """
-        ids: Int64Array = np.ascontiguousarray(input_ids, np.int64)
-        new_tokens = ids.shape[-1]
-        lengths = np.full(self.batch_size, new_tokens) if sequence_length is None else np.asarray(sequence_length)
-        index = lengths[:, None] - 1 if logits_index is None else np.asarray(logits_index)
-        self._check_request(ids, index)
+        ids, lengths, index = checked_step(
+            input_ids, sequence_length, logits_index, self.config.vocab_size, self.past_length, self.capacity
+        )
+        rows, new_tokens = ids.shape
+        most = min(MAX_LOGITS, self.capacity)
+        if index.shape[1] > most:
+            raise ShapeError(
+                "logits_index has the wrong shape",
+                details={"got": list(index.shape), "expected": f"[{rows}, 1..{most}]"},
+                hint="ask for the logits of a long prompt in chunks",
+            )
         self._loaded.select_profile(DECODE if new_tokens == 1 and index.shape[1] == 1 else PREFILL)
-        feeds = {"input_ids": ids, "past_length": self.past_length, "sequence_length": lengths, "logits_index": index}
+        past_length = self.past_length[:rows]
+        feeds = {"input_ids": ids, "past_length": past_length, "sequence_length": lengths, "logits_index": index}
         for name, values in feeds.items():
             self._loaded.feed(name, values)
+        shape = cache_shape(self.config, rows, self.capacity)
         for past, present in self._names:
-            address = self._loaded.address(past, self._cache_bytes)
-            self._loaded.bind_input(past, self._cache_shape, address)
+            address = self._loaded.address(past, rows * self._row_bytes)
+            self._loaded.bind_input(past, shape, address)
             self._loaded.bind(present, address)
         logits = self._loaded.run({"logits": (*index.shape, self.config.vocab_size)})["logits"]
-        self.past_length += lengths
+        self.past_length[:rows] += lengths
         return logits
 
     def cache_array(self, name: str) -> Float32Array:
         """A copy of one cache tensor [B, G, C, D] on the host, widened to float32 (exactly)."""
         kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-        host = np.empty(self._cache_shape, kinds[self.dtype])
+        host = np.empty(cache_shape(self.config, self.batch_size, self.capacity), kinds[self.dtype])
         self._loaded.read(name, host)
         if self.dtype == "bfloat16":  # the upper half of a float32
             return (host.astype(np.uint32) << 16).view(np.float32)
@@ -341,32 +401,6 @@ class EngineSession:
     def close(self) -> None:
         """Frees the GPU memory of cache and inputs; the engine's own goes with the object."""
         self._loaded.close()
-
-    def _check_request(self, ids: Int64Array, index: NDArray[Any]) -> None:
-        if ids.ndim != 2 or ids.shape[0] != self.batch_size or ids.shape[1] < 1:
-            raise ShapeError(
-                "input_ids has the wrong shape",
-                details={"got": list(ids.shape), "expected": f"[{self.batch_size}, S >= 1]"},
-                hint="one row of token ids per row of the batch; pad shorter rows on the right",
-            )
-        most = min(MAX_LOGITS, self.capacity)
-        if index.ndim != 2 or index.shape[0] != self.batch_size or not 1 <= index.shape[1] <= most:
-            raise ShapeError(
-                "logits_index has the wrong shape",
-                details={"got": list(index.shape), "expected": f"[{self.batch_size}, 1..{most}]"},
-                hint="ask for the logits of a long prompt in chunks",
-            )
-        needed = int(self.past_length.max()) + ids.shape[1]
-        if needed > self.capacity:
-            raise ShapeError(
-                f"the cache holds {self.capacity} tokens, the request needs {needed}",
-                details={
-                    "past_length": self.past_length.tolist(),
-                    "new tokens": ids.shape[1],
-                    "kv_cache_capacity": self.capacity,
-                },
-                hint="build with a larger --max-seq-len, or shorten the prompt",
-            )
 
 
 class EngineHeadSession:

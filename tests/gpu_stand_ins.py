@@ -45,7 +45,7 @@ class FakeDriver:
 class FakeCuda:
     """The CUDA runtime over host memory."""
 
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)  # noqa: N815
 
     def __init__(self) -> None:
         self.memory: dict[int, Any] = {}

@@ -87,6 +87,28 @@ def test_session_prefills_and_decodes_in_place(built: dict[str, tuple[Bundle, Pa
     assert not memory
 
 
+def test_rows_leave_the_batch_and_tokens_are_taken_back(
+    built: dict[str, tuple[Bundle, Path]], fake_gpu: FakeEngine
+) -> None:
+    bundle, path = built["float32"]
+    tokens = np.random.default_rng(0).integers(0, bundle.config.vocab_size, (3, 9))
+    answers = []
+    for session in (EngineSession(bundle, path), OnnxRuntimeSession(bundle, max_seq_len=CAPACITY)):
+        session.reset(batch_size=3)
+        got = [session.step(tokens[:, :6], sequence_length=[6, 5, 3]), session.step(tokens[:2, 6:7])]
+        assert session.past_length.tolist() == [7, 6, 3]
+        session.keep_rows([1, 2])
+        session.rewind([4, 3])
+        got.append(session.step(tokens[1:, 7:8]))
+        assert (session.batch_size, session.past_length.tolist()) == (2, [5, 4])
+        answers.append(got)
+    for left, right in zip(*answers, strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+    session = EngineSession(bundle, path)
+    with pytest.raises(ShapeError, match="does not serve 4 rows"):
+        session.reset(batch_size=4)
+
+
 def test_session_refuses_what_does_not_fit(built: dict[str, tuple[Bundle, Path]], fake_gpu: FakeEngine) -> None:
     bundle, path = built["float32"]
     with pytest.raises(ShapeError, match="does not serve 4 rows"):

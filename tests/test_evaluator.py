@@ -14,6 +14,7 @@ import oracles
 import pytest
 import torch
 from conftest import TINY
+from group_query_attention import reference_evaluator
 
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.config import ExportConfig
@@ -233,11 +234,13 @@ BODY_FAULTS: dict[str, tuple[str, Callable[[onnx.ModelProto], None]]] = {
     ),
     "key written one slot late": ("model.onnx", lambda m: body_add_one(m, "TensorScatter", 2)),
     "mask shows one token too many": ("model.onnx", lambda m: body_add_one(m, "LessOrEqual", 1)),
-    "length forgets the new tokens": (
-        "model.onnxruntime.onnx", lambda m: body_node(m, "LlamaAttention", "Add").input.__setitem__(1, "axis_0"),
+    "query not rotated": (
+        "model.onnxruntime.onnx",
+        lambda m: body_node(m, "LlamaAttention", "GroupQueryAttention").input.__setitem__(0, "query"),
     ),
-    "not causal": (
-        "model.onnxruntime.onnx", lambda m: fix_attribute(body_node(m, "LlamaAttention", "Attention"), "is_causal", 0),
+    "scores twice as large": (
+        "model.onnxruntime.onnx",
+        lambda m: fix_attribute(body_node(m, "LlamaAttention", "GroupQueryAttention"), "scale", 1.0),
     ),
 }  # fmt: skip
 
@@ -323,7 +326,7 @@ def test_float32_equals_onnx_reference_evaluator(
 ) -> None:
     path = exported(variant).bundle.folder / file
     feeds = random_feeds()
-    reference = onnx.reference.ReferenceEvaluator(onnx.load(str(path)))
+    reference = reference_evaluator(onnx.load(str(path)))
     want = dict(zip(reference.output_names, reference.run(None, {k: v.numpy() for k, v in feeds.items()}), strict=True))
     got = GraphEvaluator(path, custom_ops=custom_ops).run(feeds)
     assert list(got) == reference.output_names

@@ -1,10 +1,9 @@
-"""The onnxruntime session, greedy generation and streamed text."""
+"""The onnxruntime session and streamed text."""
 
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from llama_export.errors import ConfigError, LlamaExportError, ShapeError, Toolc
 from llama_export.export import export_checkpoint
 from llama_export.model import load_reference
 from llama_export.parity.sessions import reference_session
-from llama_export.runtime import OnnxRuntimeSession, TextCodec, generate
+from llama_export.runtime import OnnxRuntimeSession, TextCodec
 from llama_export.runtime import session as session_module
 from llama_export.runtime.text import TextStream
 
@@ -50,6 +49,10 @@ def random_ids(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, V, shape)
 
 
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def share(got: np.ndarray, want: np.ndarray) -> float:
     """Error as a share of the largest wanted value."""
     return float(np.abs(got - want).max() / np.abs(want).max())
@@ -60,63 +63,94 @@ def share(got: np.ndarray, want: np.ndarray) -> float:
 
 def test_present_is_returned_at_the_address_of_past(bundle: Bundle) -> None:
     session = OnnxRuntimeSession(bundle, max_seq_len=16, batch_size=2)
-    bound = {name: value.data_ptr() for name, value in session.cache.items()}
+    bound = {name: array.ctypes.data for name, array in session.cache.items()}
     assert len(set(bound.values())) == 2 * TINY["num_hidden_layers"]
-    for ids in (random_ids(2, 5), random_ids(2, 1), random_ids(2, 3)):
+    for ids in (random_ids(2, 5), random_ids(2, 1)):
         session.step(ids)
         assert session.output_addresses() == bound
+    session.step(random_ids(2, 3))  # row by row
+    assert session.output_addresses() == {name: array[1:].ctypes.data for name, array in session.cache.items()}
     session.reset()
     session.step(random_ids(2, 2))
     assert session.output_addresses() == bound
 
 
-_IN_PLACE = """
-import sys
-import numpy as np, onnxruntime
-from pathlib import Path
-
-class Loud(onnxruntime.SessionOptions):  # the session asks for errors only: hear its warnings
-    log_severity_level = property(lambda self: 2, lambda self, value: None)
-
-onnxruntime.SessionOptions = Loud
-onnxruntime.set_default_logger_severity(2)
-from llama_export.bundle import load_bundle
-from llama_export.runtime import OnnxRuntimeSession
-
-session = OnnxRuntimeSession(load_bundle(Path(sys.argv[1])), max_seq_len=16)
-session.step([[1, 2, 3]])
-session.step([[4]])
-print("UNBOUND", file=sys.stderr, flush=True)
-one = np.array([1])
-cache = {name: session.cache_array(name).copy() for name in session.cache}
-feeds = {"input_ids": one[None], "past_length": one, "sequence_length": one, "logits_index": one[None] * 0}
-session._session.run(None, {**feeds, **cache})
-"""
-
-
-def test_onnxruntime_does_not_report_a_copy_of_the_cache(bundle: Bundle) -> None:
-    """TensorScatter warns when it copies. The same graph, run unbound, warns: the silence before means something."""
-    done = subprocess.run(
-        [sys.executable, "-c", _IN_PLACE, str(bundle.folder)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    ours, control = done.stderr.split("UNBOUND")
-    warning = "in-place optimization not activated"
-    assert control.count(warning) == 2 * TINY["num_hidden_layers"], control
-    assert warning not in ours, ours
+def test_only_in_place_does_what_lies_past_the_valid_length_survive(bundle: Bundle) -> None:
+    """A copy of the cache would start from zeros, as the same graph does when past and present are two buffers."""
+    session = OnnxRuntimeSession(bundle, max_seq_len=16)
+    for array in session.cache.values():
+        array[...] = 7
+    session.step([[1, 2, 3]])
+    session.step([[4]])
+    for array in session.cache.values():
+        assert (array[:, :, 4:] == 7).all()
+        assert not (array[:, :, :4] == 7).any()
+    one = np.array([1])
+    feeds = {"input_ids": one[None], "past_length": one, "sequence_length": one, "logits_index": one[None] * 0}
+    _, *copies = session._session.run(None, {**feeds, **session.cache})
+    assert all((array[:, :, 2:] == 0).all() for array in copies)
 
 
 def test_a_step_changes_its_own_slots_and_nothing_else(bundle: Bundle) -> None:
-    session = OnnxRuntimeSession(bundle, max_seq_len=20, batch_size=2)
-    session.step(random_ids(2, 6), sequence_length=[6, 2])
+    session = OnnxRuntimeSession(bundle, max_seq_len=20, batch_size=3)
+    session.step(random_ids(3, 6), sequence_length=[6, 2, 4])
     before = {name: session.cache_array(name).copy() for name in session.cache}
-    session.step(random_ids(2, 3, seed=1), sequence_length=[3, 1])
-    written = np.zeros((2, 20), bool)
-    written[0, 6:9] = written[1, 2:5] = True
+    session.step(random_ids(2, 3, seed=1), sequence_length=[3, 1])  # the first two rows
+    written, may_be = np.zeros((2, 3, 20), bool)
+    written[0, 6:9] = written[1, 2] = True
+    may_be[1, 3:5] = True  # padding, which the next step overwrites
     for name, old in before.items():
         changed = (session.cache_array(name) != old).any(-1)  # [B, G, C]
-        np.testing.assert_array_equal(changed, np.broadcast_to(written[:, None], changed.shape), err_msg=name)
-    assert session.past_length.tolist() == [9, 3]
+        expected = np.broadcast_to(written[:, None], changed.shape)
+        np.testing.assert_array_equal(changed & ~may_be[:, None], expected, err_msg=name)
+    assert session.past_length.tolist() == [9, 3, 4]
+
+
+def test_rows_that_leave_and_tokens_that_are_taken_back_change_nothing_for_the_rest(bundle: Bundle) -> None:
+    session = OnnxRuntimeSession(bundle, max_seq_len=20, batch_size=4)
+    ids = random_ids(4, 6)
+    session.step(ids, sequence_length=[6, 2, 4, 5])
+    session.keep_rows([1, 3])
+    assert (session.batch_size, session.past_length.tolist()) == (2, [2, 5])
+    session.step(random_ids(2, 3, seed=1))
+    session.rewind([2, 5])
+    got = session.step([[7], [8]])
+    for row, (old, token) in enumerate(((1, 7), (3, 8))):
+        alone = OnnxRuntimeSession(bundle, max_seq_len=20)
+        alone.step(ids[old : old + 1, : [6, 2, 4, 5][old]])
+        assert share(got[row : row + 1], alone.step([[token]])) < 1e-5
+    session.reset(batch_size=1)
+    assert session.past_length.tolist() == [0]
+    session.reset(batch_size=5)  # more rows than there were
+    assert session.step(random_ids(5, 2)).shape == (5, 1, V)
+
+
+@pytest.mark.parametrize("lengths", [[4, 3], [-1, 3], [3], [3, 3, 3]])
+def test_a_cache_is_rewound_to_what_it_holds(bundle: Bundle, lengths: list[int]) -> None:
+    session = OnnxRuntimeSession(bundle, max_seq_len=8, batch_size=2)
+    session.step(random_ids(2, 3))
+    with pytest.raises(ShapeError, match="rewound"):
+        session.rewind(lengths)
+    assert session.past_length.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("rows", [[], [0, 0], [1, 0], [2], [-1]])
+def test_only_rows_that_are_there_are_kept(bundle: Bundle, rows: list[int]) -> None:
+    session = OnnxRuntimeSession(bundle, max_seq_len=8, batch_size=2)
+    session.step(random_ids(2, 3))
+    with pytest.raises(ShapeError, match="kept"):
+        session.keep_rows(rows)
+    assert session.past_length.tolist() == [3, 3]
+
+
+def test_a_capacity_that_is_not_reached_takes_no_memory(trained: tuple[Any, Bundle]) -> None:
+    _, bundle = trained
+    session = OnnxRuntimeSession(bundle, max_seq_len=bundle.config.max_length, batch_size=1024)
+    reserved = sum(array.nbytes for array in session.cache.values())
+    assert reserved > 32 << 20
+    before = resident_bytes()
+    session.step(random_ids(1, 4))
+    assert resident_bytes() - before < reserved / 4
 
 
 # ---- the same numbers, however the tokens arrive ----------------------------------------------------------------
@@ -230,7 +264,7 @@ def test_a_16_bit_checkpoint_is_widened_exactly(make_checkpoint: Callable[..., P
 # ---- what is refused --------------------------------------------------------------------------------------------
 
 BAD_STEPS: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "another batch": ([[1, 2]], {}, "input_ids has the wrong shape"),
+    "more rows than the batch": ([[1, 2]] * 3, {}, "input_ids has the wrong shape"),
     "no token": (np.zeros((2, 0), np.int64), {}, "input_ids has the wrong shape"),
     "one axis": ([1, 2], {}, "input_ids has the wrong shape"),
     "a negative token": ([[1, 2], [3, -1]], {}, "token id -1 is outside the vocabulary"),
@@ -282,99 +316,6 @@ def test_a_graph_that_onnxruntime_cannot_open_is_a_toolchain_error(bundle: Bundl
         OnnxRuntimeSession(broken, max_seq_len=8)
     assert caught.value.exit_code == 3
     assert str(broken.onnxruntime_path) in caught.value.details["file"]
-
-
-# ---- generation -------------------------------------------------------------------------------------------------
-
-
-def hugging_face_greedy(model: Any, prompt: list[int], count: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    model.generation_config.eos_token_id = None
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=count,
-        min_new_tokens=count,
-        pad_token_id=0,
-    )
-    return out[0, len(prompt) :].tolist()
-
-
-PROMPTS = [random_ids(length, seed=20 + length).tolist() for length in (1, 4, 9, 17, 30)]
-
-
-def test_greedy_tokens_are_hugging_faces(trained: tuple[Any, Bundle]) -> None:
-    model, bundle = trained
-    for prompt in PROMPTS:
-        want = hugging_face_greedy(model, prompt, 64)
-        result = generate(OnnxRuntimeSession(bundle, max_seq_len=128), [prompt], max_new_tokens=64)
-        assert result.tokens == [want], f"prompt of {len(prompt)}"
-        assert len(set(want)) > 5, "a constant sequence would show little"
-        assert result.decode_steps == 63
-
-
-def test_a_batch_of_prompts_gives_what_each_gives_alone(trained: tuple[Any, Bundle]) -> None:
-    _, bundle = trained
-    seen: list[tuple[int, int]] = []
-    session = OnnxRuntimeSession(bundle, max_seq_len=64, batch_size=5)
-    together = generate(session, PROMPTS, max_new_tokens=12, on_token=lambda row, token: seen.append((row, token)))
-    for row, prompt in enumerate(PROMPTS):
-        alone = generate(OnnxRuntimeSession(bundle, max_seq_len=64), [prompt], max_new_tokens=12)
-        assert together.tokens[row] == alone.tokens[0], f"row {row}"
-    assert seen == [(row, together.tokens[row][step]) for step in range(12) for row in range(5)]
-
-
-def test_a_row_ends_after_its_stop_token_and_the_others_go_on(trained: tuple[Any, Bundle]) -> None:
-    _, bundle = trained
-    session = OnnxRuntimeSession(bundle, max_seq_len=64, batch_size=5)
-    free = generate(session, PROMPTS, max_new_tokens=12).tokens
-    stop = free[0][3]
-    expected = [tokens[: tokens.index(stop) + 1] if stop in tokens else tokens for tokens in free]
-    assert len(expected[0]) <= 4
-    assert max(map(len, expected)) > len(expected[0]), "no row goes on: choose another seed"
-    seen: list[list[int]] = [[] for _ in PROMPTS]
-    result = generate(
-        session, PROMPTS, max_new_tokens=12, stop_tokens=[stop], on_token=lambda row, token: seen[row].append(token)
-    )
-    assert result.tokens == seen == expected
-    assert result.decode_steps == max(map(len, expected)) - 1
-
-
-def test_one_new_token_needs_no_decode_step(bundle: Bundle) -> None:
-    result = generate(OnnxRuntimeSession(bundle, max_seq_len=3), [[1, 2, 3]], max_new_tokens=1)
-    assert [len(tokens) for tokens in result.tokens] == [1]
-    assert (result.decode_steps, result.decode_tokens_per_second) == (0, None)
-
-
-def test_generation_may_fill_the_cache_but_not_more(bundle: Bundle) -> None:
-    session = OnnxRuntimeSession(bundle, max_seq_len=8)
-    assert len(generate(session, [[1, 2, 3]], max_new_tokens=6).tokens[0]) == 6
-    assert session.past_length.tolist() == [8]
-    with pytest.raises(ShapeError, match="need a cache of 9 tokens, this one holds 8"):
-        generate(session, [[1, 2, 3]], max_new_tokens=7)
-
-
-@pytest.mark.parametrize(("prompts", "count"), [([[]], 4), ([], 4), ([[1]], 0), ([[1], []], 4)], ids=str)
-def test_nothing_to_continue_is_a_shape_error(bundle: Bundle, prompts: list[list[int]], count: int) -> None:
-    with pytest.raises(ShapeError, match="nothing to continue"):
-        generate(
-            OnnxRuntimeSession(bundle, max_seq_len=8, batch_size=max(1, len(prompts))), prompts, max_new_tokens=count
-        )
-
-
-@pytest.mark.parametrize("token", [-1, V, 2**40, 2**70])
-def test_a_token_outside_the_vocabulary_is_a_shape_error(bundle: Bundle, token: int) -> None:
-    session = OnnxRuntimeSession(bundle, max_seq_len=8)
-    with pytest.raises(ShapeError, match=f"token id {token} is outside") as caught:
-        generate(session, [[1, token, 2]], max_new_tokens=2)
-    assert caught.value.details["expected"] == f"0..{V - 1}"
-    assert session.past_length.tolist() == [0]
-
-
-def test_prompts_of_another_batch_are_a_shape_error(bundle: Bundle) -> None:
-    with pytest.raises(ShapeError, match="wrong shape"):
-        generate(OnnxRuntimeSession(bundle, max_seq_len=8), [[1], [2]], max_new_tokens=2)
 
 
 # ---- text -------------------------------------------------------------------------------------------------------

@@ -163,11 +163,25 @@ _ATTEND_BY_MASK = """
   visible = LessOrEqual (cached_range, positions_B1S1)
   attended_BHSD = Attention <is_causal: int = 0, scale: float = @scale> (query_rope, present_key, present_value, visible)
 """
-# onnxruntime skips the invalid suffix when it is given the row's length. TensorRT's parser drops that input in silence.
-_ATTEND_BY_LENGTH = """
-  total_length = Add (past_length, new_tokens_1d)
-  attended_BHSD = Attention <is_causal: int = 1, scale: float = @scale>
-      (query_rope, present_key, present_value, , , , total_length)
+# onnxruntime's own operator for all of it: it appends in place where past and present are one buffer, reads the valid
+# tokens only, whatever the capacity, and shares a key head among its query heads. It takes B > 1 with S > 1 for empty
+# rows only (runtime/session.py). ``last`` counts a row's tokens from 0, ``longest`` is the longest row's number of tokens.
+_BY_ONNXRUNTIME = """
+  axis_0 = Constant <value_ints: ints = [0]> ()
+  one_1d = Constant <value_ints: ints = [1]> ()
+  new_tokens = Shape <start: int = 1, end: int = 2> (query)
+  total_length = Add (past_length, new_tokens)
+  last_int64 = Sub (total_length, one_1d)
+  last = Cast <to: int = 6> (last_int64)
+  longest_int64 = ReduceMax <keepdims: int = 0> (total_length, axis_0)
+  longest = Cast <to: int = 6> (longest_int64)
+  query_rope = RotaryEmbedding
+      <interleaved: int = 0, num_heads: int = @num_heads, rotary_embedding_dim: int = @head_dim> (query, cos, sin)
+  key_rope = RotaryEmbedding
+      <interleaved: int = 0, num_heads: int = @num_kv_heads, rotary_embedding_dim: int = @head_dim> (key, cos, sin)
+  attn_output, present_key, present_value = com.microsoft.GroupQueryAttention
+      <num_heads: int = @num_heads, kv_num_heads: int = @num_kv_heads, scale: float = @scale>
+      (query_rope, key_rope, value, past_key, past_value, last, longest)
 """
 
 ATTENTION_ATTRIBUTES = (
@@ -201,6 +215,6 @@ ATTENTION = OpSpec(
     fake=attention_fake,
     bodies={
         "standard": ROTATE + _APPEND + _ATTEND_BY_MASK + MERGE_HEADS,
-        "onnxruntime": ROTATE + _APPEND + _ATTEND_BY_LENGTH + MERGE_HEADS,
+        "onnxruntime": _BY_ONNXRUNTIME,
     },
 )

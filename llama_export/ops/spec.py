@@ -4,7 +4,8 @@ The torch schema, the ONNX schema, the ONNX function bodies, the translation fro
 plugin fields all read the same table, so they cannot disagree.
 
 A *target* is a set of function bodies. ``standard`` is right for every reader and is what ``model.onnx`` stores;
-``onnxruntime`` is a faster wording for our own onnxruntime session. Bodies are written in ONNX's text syntax
+``onnxruntime`` is a faster wording for our own onnxruntime session, which may use onnxruntime's own operators, domain
+``com.microsoft`` (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md). Bodies are written in ONNX's text syntax
 (https://github.com/onnx/onnx/blob/main/docs/Syntax.md).
 """
 
@@ -96,7 +97,8 @@ class OpSpec:
         attributes = ", ".join(item.name for item in self.attributes)
         inputs = ", ".join(tensor.name for tensor in self.inputs)
         outputs = ", ".join(tensor.name for tensor in self.outputs)
+        imports = f'"" : {OPSET_VERSION}' + (', "com.microsoft" : 1' if "com.microsoft." in self.bodies[target] else "")
         return parser.parse_function(
-            f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET_VERSION}]>\n'
+            f'<domain: "{DOMAIN}", opset_import: [{imports}]>\n'
             f"{self.op_type} <{attributes}> ({inputs}) => ({outputs})\n{{\n{self.bodies[target]}\n}}"
         )

@@ -32,7 +32,7 @@ from llama_export.embedded import ROTARY
 from llama_export.errors import ExportError
 from llama_export.model.loading import read_tensor
 from llama_export.ops import DOMAIN, OP_SPECS
-from llama_export.ops.attention import rotate
+from llama_export.ops.attention import merge_heads, rotate, split_heads
 from llama_export.ops.rms_norm import rms_norm_eager
 from llama_export.parity.lockstep import Step, lockstep
 
@@ -263,6 +263,8 @@ class GraphEvaluator:
                 result = value.to(self._float(value.dtype)) if value.is_floating_point() else value
             elif node.domain == "" and node.op_type in _OPERATORS:
                 result = _OPERATORS[node.op_type](*inputs, **attributes)
+            elif node.domain == "com.microsoft" and node.op_type in _ONNXRUNTIME_OPERATORS:
+                result = _ONNXRUNTIME_OPERATORS[node.op_type](*inputs, **attributes)
             else:
                 raise ExportError(
                     f"the evaluator does not implement {node.domain or 'ai.onnx'}::{node.op_type}",
@@ -441,10 +443,18 @@ def _rms_normalization(
     return rms_norm_eager(data, scale, epsilon)
 
 
-def _rotary_embedding(data: Tensor, cos: Tensor, sin: Tensor, interleaved: int = 0) -> Tensor:
-    """[B, N, S, D] with cos, sin [B, S, D/2]; interleaved: pairs are (2i, 2i + 1) instead of (i, i + D/2)."""
-    if data.ndim != 4:
-        raise ValueError("only [B, N, S, D] is implemented")
+def _rotary_embedding(
+    data: Tensor, cos: Tensor, sin: Tensor, interleaved: int = 0, num_heads: int = 0, rotary_embedding_dim: int = 0
+) -> Tensor:
+    """[B, N, S, D], or [B, S, N*D] and ``num_heads`` N, with cos, sin [B, S, D/2]
+
+    interleaved: pairs are (2i, 2i + 1) instead of (i, i + D/2).
+    """
+    if data.ndim == 3:
+        by_head = split_heads(data, num_heads)
+        return merge_heads(_rotary_embedding(by_head, cos, sin, interleaved, num_heads, rotary_embedding_dim))
+    if rotary_embedding_dim not in (0, data.shape[-1]):
+        raise ValueError(f"{rotary_embedding_dim} of {data.shape[-1]} channels: only a full rotation is implemented")
     if not interleaved:
         return rotate(data, cos, sin)
     halves = torch.cat((data[..., 0::2], data[..., 1::2]), dim=-1)
@@ -506,6 +516,39 @@ def _attention(
     softmax = scores.to(inside).softmax(-1).to(wide)
     weights = torch.where(allowed.any(-1, keepdim=True).unsqueeze(1), softmax, 0.0)
     return (weights @ value.to(wide).unsqueeze(2)).reshape(B, H, S, -1).to(query.dtype)
+
+
+def _group_query_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    last: Tensor,
+    longest: Tensor,
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, S, H*D], [B, S, G*D] twice, [B, G, C, D] twice -> attn_output, present_key, present_value.
+
+    Args:
+        last: int32 [B], each row's number of tokens, past and new, minus one. longest: int32, that of the longest row.
+        num_heads, kv_num_heads: H, G. scale: of the scores.
+    """
+    new_tokens = query.shape[1]
+    if last.dtype != torch.int32 or longest.dtype != torch.int32 or int(longest) != int(last.max()) + 1:
+        raise ValueError(f"lengths {last.tolist()} and {longest.tolist()}, {last.dtype} and {longest.dtype}")
+    past_length = last.to(torch.int64) + 1 - new_tokens
+    q_BHSD = split_heads(query, num_heads)
+    present_key, present_value = (
+        _tensor_scatter(past, split_heads(new, kv_num_heads), past_length)
+        for past, new in ((past_key, key), (past_value, value))
+    )
+    attended = _attention(
+        q_BHSD, present_key, present_value, nonpad_kv_seqlen=past_length + new_tokens, is_causal=1, scale=scale
+    )
+    return merge_heads(attended), present_key, present_value
 
 
 def _clip(data: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
@@ -621,3 +664,5 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Unsqueeze": _unsqueeze,
     "Where": _where,
 }
+_ONNXRUNTIME_OPERATORS: dict[str, Callable[..., Any]] = {"GroupQueryAttention": _group_query_attention}
+"""Domain ``com.microsoft``."""

@@ -214,8 +214,8 @@ class CausalValidator(TextValidator):
             self.bundle, max_seq_len=run.capacity, batch_size=len(run.calls[0].input_ids), graph=self.onnxruntime_graph
         )
         if run.fill:
-            for value in session.cache.values():
-                value.update_inplace(np.full(value.shape(), run.fill, np.float32))
+            for array in session.cache.values():
+                array[...] = run.fill
         return answers(session, run.calls, self.cache_names)
 
     @cached_property
@@ -509,10 +509,12 @@ def onnxruntime_greedy(v: CausalValidator) -> Stage:
 def onnxruntime_in_place(v: CausalValidator) -> Stage:
     """One step writes its tokens' slots of the bound buffers and not one byte more."""
     session = OnnxRuntimeSession(v.bundle, max_seq_len=16, graph=v.onnxruntime_graph)
+    for array in session.cache.values():
+        array[...] = 1  # a copy would be made into zeros
     ids = v.rows.ids[0]
     session.step([ids[:3]])
     before = {name: session.cache_array(name).copy() for name in session.cache}
-    addresses = {name: value.data_ptr() for name, value in session.cache.items()}
+    addresses = {name: array.ctypes.data for name, array in session.cache.items()}
     session.step([ids[3:5]])
     outputs = session.output_addresses()
     moved = sum(address != outputs[name] for name, address in addresses.items())

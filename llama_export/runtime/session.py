@@ -2,8 +2,8 @@
 
 Shapes: B batch, S new tokens, N wanted positions, C kv_cache_capacity, G key/value heads, D head_dim, V vocabulary.
 
-Each cache tensor is one buffer, bound as ``past_key_values.*`` *and* as ``present.*``. onnxruntime's TensorScatter may
-share its output with its input, so a step writes S tokens into the buffer and copies nothing.
+Each cache tensor is one buffer, bound as ``past_key_values.*`` *and* as ``present.*``: onnxruntime's GroupQueryAttention
+then writes S tokens into it, copies nothing, and reads the valid tokens only, whatever the capacity.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class OnnxRuntimeSession:
         max_seq_len: C, tokens each row can hold.
         batch_size: B, rows.
         threads: of onnxruntime's operators; None lets onnxruntime choose (one per core).
-        graph: from :func:`open_graph` of the same bundle, to be shared by sessions that do not run at the same time.
+        variant: ``int8`` or ``int4``: the bundle's quantised weights; None: its own.
+        graph: from :func:`open_graph` of the same bundle and variant, to be shared by sessions that do not run at the same time.
 
     Raises:
         MissingDependencyError: no onnxruntime.
@@ -50,6 +51,7 @@ class OnnxRuntimeSession:
         max_seq_len: int,
         batch_size: int = 1,
         threads: int | None = None,
+        variant: str | None = None,
         graph: OpenGraph | None = None,
     ) -> None:
         if bundle.task != "causal-lm":
@@ -66,29 +68,71 @@ class OnnxRuntimeSession:
                 hint="choose another --max-seq-len",
             )  # fmt: skip
         self.config = bundle.config
-        self.batch_size = batch_size
         self.capacity = max_seq_len
         self.dtype = bundle.dtype
-        graph = graph or open_graph(bundle, threads)
+        graph = graph or open_graph(bundle, threads, variant)
         self._session = graph.session
         self.note = graph.note
         """What a user must know about precision and speed of this session, if anything."""
-        self._new_value = graph.onnxruntime.OrtValue.ortvalue_from_numpy
         self._binding = self._session.io_binding()
-        self.cache: dict[str, Any] = {}
-        """Graph input name -> the OrtValue [B, G, C, D] that is both past and present."""
-        shape = cache_shape(self.config, batch_size, max_seq_len)
-        for past, present in cache_names(self.config.num_hidden_layers):
-            value = self._new_value(np.zeros(shape, np.float32))
-            self._binding.bind_ortvalue_input(past, value)
-            self._binding.bind_ortvalue_output(present, value)
-            self.cache[past] = value
-        self.past_length: Int64Array = np.zeros(batch_size, np.int64)
+        self._names = list(cache_names(self.config.num_hidden_layers))
+        self.cache: dict[str, Float32Array] = {}
+        """Graph input name -> the buffer [B, G, C, D] that is both past and present."""
+        self._allocate(batch_size)
+
+    def _allocate(self, rows: int) -> None:
+        """New buffers. The system gives memory to the pages of a zeroed array only when they are first written, so a
+        capacity that is never reached costs nothing."""
+        shape = cache_shape(self.config, rows, self.capacity)
+        self.cache = {past: np.zeros(shape, np.float32) for past, _ in self._names}
+        self._bound = slice(0, 0)
+        self.past_length: Int64Array = np.zeros(rows, np.int64)
         """[B], valid tokens in each row of the cache."""
 
-    def reset(self) -> None:
-        """Forgets all tokens. Old entries stay in the buffers, finite and never seen."""
-        self.past_length[:] = 0
+    @property
+    def batch_size(self) -> int:
+        """B, rows in use."""
+        return len(self.past_length)
+
+    def reset(self, batch_size: int | None = None) -> None:
+        """Forgets all tokens, and may change the number of rows. Old entries stay in the buffers, finite and never seen.
+
+        Raises:
+            ShapeError: a batch below 1.
+        """
+        rows = self.batch_size if batch_size is None else batch_size
+        if rows < 1:
+            raise ShapeError(
+                f"a cache of {rows} rows is not possible",
+                details={"got": rows, "expected": "batch >= 1"},
+                hint="one row per prompt",
+            )
+        if rows > len(next(iter(self.cache.values()))):
+            self._allocate(rows)
+        else:
+            self.past_length = np.zeros(rows, np.int64)
+
+    def rewind(self, past_length: Sequence[int]) -> None:
+        """Forgets what follows the first ``past_length[b]`` tokens of each row b.
+
+        Raises:
+            ShapeError: another number of rows, or more tokens than a row holds.
+        """
+        self.past_length = checked_rewind(past_length, self.past_length)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Makes row ``rows[i]`` the new row i; what is not named is forgotten.
+
+        Raises:
+            ShapeError: no row, one that is not there, or rows that are not in ascending order.
+        """
+        checked_rows(rows, self.batch_size)
+        self.past_length = self.past_length[list(rows)]
+        for new, old in enumerate(rows):  # new <= old: nothing is overwritten before it is moved
+            if new != old:
+                used = int(self.past_length[new])
+                for array in self.cache.values():
+                    array[new, :, :used] = array[old, :, :used]
 
     def step(
         self,
@@ -100,54 +144,45 @@ class OnnxRuntimeSession:
         """Appends tokens to the cache: a prefill, a chunk of one, or a decode step.
 
         Args:
-            input_ids: [B, S], right-padded.
-            sequence_length: [B], valid tokens per row, 1..S; default S.
-            logits_index: [B, N], positions 0..S-1 that get logits; default the last valid one (N = 1).
+            input_ids: [M, S], right-padded; M <= B: the first M rows, the others stay as they are.
+            sequence_length: [M], valid tokens per row, 1..S; default S.
+            logits_index: [M, N], positions 0..S-1 that get logits; default the last valid one (N = 1).
 
         Returns:
-            logits [B, N, V], float32.
+            logits [M, N, V], float32.
 
         Raises:
-            ShapeError: another batch, a token id outside the vocabulary, or more tokens than the cache can hold.
+            ShapeError: more rows than B, a token id outside the vocabulary, or more tokens than the cache can hold.
             ToolchainError: onnxruntime cannot compute the graph; its message is attached.
         """
-        ids: Int64Array = np.ascontiguousarray(input_ids, np.int64)
-        if ids.ndim != 2 or ids.shape[0] != self.batch_size or ids.shape[1] < 1:
-            raise ShapeError(
-                "input_ids has the wrong shape",
-                details={"got": list(ids.shape), "expected": f"[{self.batch_size}, S >= 1]"},
-                hint="one row of token ids per row of the session, right-padded",
+        ids, lengths, index = checked_step(
+            input_ids, sequence_length, logits_index, self.config.vocab_size, self.past_length, self.capacity
+        )
+        rows, new_tokens = ids.shape
+        if rows > 1 and new_tokens > 1 and self.past_length[:rows].any():
+            # onnxruntime's GroupQueryAttention takes several new tokens after a past for one row at a time only.
+            widths = np.maximum(lengths, index.max(1) + 1)
+            logits = np.concatenate(
+                [
+                    self._run(row, ids[row : row + 1, : widths[row]], lengths[row : row + 1], index[row : row + 1])
+                    for row in range(rows)
+                ]
             )
-        check_token_ids(ids, self.config.vocab_size)
-        new_tokens = ids.shape[1]
-        valid = np.full(self.batch_size, new_tokens) if sequence_length is None else np.asarray(sequence_length)
-        lengths: Int64Array = np.ascontiguousarray(valid, np.int64)
-        if lengths.shape != (self.batch_size,) or lengths.min() < 1 or lengths.max() > new_tokens:
-            raise ShapeError(
-                "sequence_length is out of range",
-                details={"got": lengths.tolist(), "expected": f"{self.batch_size} values in 1..{new_tokens}"},
-                hint="sequence_length counts the valid tokens of each row of input_ids",
-            )
-        if int(self.past_length.max()) + new_tokens > self.capacity:
-            raise ShapeError(
-                f"the cache holds {self.capacity} tokens, the request needs {int(self.past_length.max()) + new_tokens}",
-                details={
-                    "past_length": self.past_length.tolist(),
-                    "new tokens": new_tokens,
-                    "kv_cache_capacity": self.capacity,
-                },
-                hint="raise --max-seq-len, or shorten the prompt",
-            )
-        wanted = lengths[:, None] - 1 if logits_index is None else np.asarray(logits_index)
-        index: Int64Array = np.ascontiguousarray(wanted, np.int64)
-        fits = index.ndim == 2 and index.shape[0] == self.batch_size and index.size > 0
-        if not fits or index.min() < 0 or index.max() >= new_tokens:
-            raise ShapeError(
-                "logits_index is out of range",
-                details={"got": index.tolist(), "expected": f"[{self.batch_size}, N >= 1] of 0..{new_tokens - 1}"},
-                hint="logits_index names positions within input_ids, not within the cache",
-            )
-        feeds = {"input_ids": ids, "past_length": self.past_length, "sequence_length": lengths, "logits_index": index}
+        else:
+            logits = self._run(0, ids, lengths, index)
+        self.past_length[:rows] += lengths
+        return logits
+
+    def _run(self, first: int, ids: Int64Array, lengths: Int64Array, index: Int64Array) -> Float32Array:
+        """The graph over the rows from ``first`` on."""
+        rows = len(ids)
+        self._bind_cache(slice(first, first + rows))
+        feeds = {
+            "input_ids": np.ascontiguousarray(ids),
+            "past_length": self.past_length[first : first + rows],
+            "sequence_length": lengths,
+            "logits_index": index,
+        }
         for name, array in feeds.items():
             self._binding.bind_cpu_input(name, array)
         self._binding.bind_output("logits", "cpu")
@@ -159,19 +194,117 @@ class OnnxRuntimeSession:
                 details={"inputs": {name: list(array.shape) for name, array in feeds.items()}, "reason": err},
                 hint="`llama-export validate` names the stage that breaks; else export again",
             ) from err
-        self.past_length += lengths
         logits: Float32Array = self._binding.get_outputs()[-1].numpy()
         return logits
 
+    def _bind_cache(self, rows: slice) -> None:
+        """Each buffer's rows as past and as present, unless they are bound already."""
+        if rows == self._bound:
+            return
+        # The outputs keep the order in which they were bound first: the cache, then the logits.
+        for past, present in self._names:
+            view = self.cache[past][rows]
+            self._binding.bind_input(past, "cpu", 0, np.float32, view.shape, view.ctypes.data)
+            self._binding.bind_output(present, "cpu", 0, np.float32, view.shape, view.ctypes.data)
+        self._bound = rows
+
     def output_addresses(self) -> dict[str, int]:
         """Graph input name of each cache tensor -> the address onnxruntime returned its present tensor at."""
-        outputs = self._binding.get_outputs()  # in the order they were bound: the cache, then the logits
+        outputs = self._binding.get_outputs()
         return {name: int(output.data_ptr()) for name, output in zip(self.cache, outputs, strict=False)}
 
     def cache_array(self, name: str) -> Float32Array:
         """A view of one cache tensor [B, G, C, D]; ``name`` is e.g. ``past_key_values.0.key``."""
-        array: Float32Array = self.cache[name].numpy()
-        return array
+        return self.cache[name][: self.batch_size]
+
+
+def checked_step(
+    input_ids: Sequence[Sequence[int]] | Int64Array,
+    sequence_length: Sequence[int] | Int64Array | None,
+    logits_index: Sequence[Sequence[int]] | Int64Array | None,
+    vocab_size: int,
+    past_length: Int64Array,
+    capacity: int,
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Token ids [M, S], lengths [M] and wanted positions [M, N] as the graph takes them.
+
+    Args:
+        input_ids, sequence_length, logits_index: as given to ``step``.
+        vocab_size: V.
+        past_length: [B], of the session.
+        capacity: C, of the session.
+
+    Raises:
+        ShapeError: see :meth:`OnnxRuntimeSession.step`.
+    """
+    ids: Int64Array = np.ascontiguousarray(input_ids, np.int64)
+    if ids.ndim != 2 or not 1 <= ids.shape[0] <= len(past_length) or ids.shape[1] < 1:
+        raise ShapeError(
+            "input_ids has the wrong shape",
+            details={"got": list(ids.shape), "expected": f"[1..{len(past_length)}, S >= 1]"},
+            hint="one row of token ids per row of the session, right-padded",
+        )
+    rows, new_tokens = ids.shape
+    check_token_ids(ids, vocab_size)
+    valid = np.full(rows, new_tokens) if sequence_length is None else np.asarray(sequence_length)
+    lengths: Int64Array = np.ascontiguousarray(valid, np.int64)
+    if lengths.shape != (rows,) or lengths.min() < 1 or lengths.max() > new_tokens:
+        raise ShapeError(
+            "sequence_length is out of range",
+            details={"got": lengths.tolist(), "expected": f"{rows} values in 1..{new_tokens}"},
+            hint="sequence_length counts the valid tokens of each row of input_ids",
+        )
+    longest = int(past_length[:rows].max()) + new_tokens
+    if longest > capacity:
+        raise ShapeError(
+            f"the cache holds {capacity} tokens, the request needs {longest}",
+            details={
+                "past_length": past_length[:rows].tolist(),
+                "new tokens": new_tokens,
+                "kv_cache_capacity": capacity,
+            },
+            hint="raise --max-seq-len, or shorten the prompt",
+        )
+    wanted = lengths[:, None] - 1 if logits_index is None else np.asarray(logits_index)
+    index: Int64Array = np.ascontiguousarray(wanted, np.int64)
+    fits = index.ndim == 2 and index.shape[0] == rows and index.size > 0
+    if not fits or index.min() < 0 or index.max() >= new_tokens:
+        raise ShapeError(
+            "logits_index is out of range",
+            details={"got": index.tolist(), "expected": f"[{rows}, N >= 1] of 0..{new_tokens - 1}"},
+            hint="logits_index names positions within input_ids, not within the cache",
+        )
+    return ids, lengths, index
+
+
+def checked_rewind(past_length: Sequence[int], current: Int64Array) -> Int64Array:
+    """The lengths to go back to.
+
+    Raises:
+        ShapeError: another number of rows, or more tokens than a row holds.
+    """
+    wanted: Int64Array = np.array(past_length, np.int64)
+    if wanted.shape != current.shape or (wanted < 0).any() or (wanted > current).any():
+        raise ShapeError(
+            "a cache can only be rewound to tokens that it holds",
+            details={"got": wanted.tolist(), "expected": f"at most {current.tolist()}"},
+            hint="one length per row",
+        )
+    return wanted
+
+
+def checked_rows(rows: Sequence[int], batch_size: int) -> None:
+    """Refuses what :meth:`OnnxRuntimeSession.keep_rows` cannot keep.
+
+    Raises:
+        ShapeError: no row, one that is not there, or rows that are not in ascending order.
+    """
+    if not rows or list(rows) != sorted({*rows} & {*range(batch_size)}):
+        raise ShapeError(
+            "these rows cannot be kept",
+            details={"got": list(rows), "expected": f"at least one of 0..{batch_size - 1}, in ascending order"},
+            hint="name each row of the batch that goes on",
+        )
 
 
 class OnnxRuntimeHeadSession:
@@ -281,14 +414,20 @@ class OpenGraph(NamedTuple):
     """What a user must know about its precision and speed, if anything."""
 
 
-def open_graph(bundle: Bundle, threads: int | None = None) -> OpenGraph:
+def open_graph(bundle: Bundle, threads: int | None = None, variant: str | None = None) -> OpenGraph:
     """Opens a bundle's onnxruntime graph, which computes in float32 whatever the weights are stored in.
 
     16-bit weights are widened once, when the graph is opened, where memory allows: that takes 2.2 times the float32 weights
     for a while, and the float32 weights for good. Else the file stays mapped and each weight is widened in every step:
-    an 8B model runs on a machine of 24 GB so, several times slower.
+    an 8B model runs on a machine of 24 GB so, several times slower. Quantised weights are read as they are.
+
+    Args:
+        bundle: from :func:`llama_export.bundle.load_bundle`.
+        threads: of onnxruntime's operators; None: one per core.
+        variant: ``int8`` or ``int4``: the bundle's quantised weights; None: its own.
 
     Raises:
+        ConfigError: the bundle has no such variant.
         MissingDependencyError: no onnxruntime.
         ToolchainError: onnxruntime cannot open the graph; its message is attached.
     """
@@ -296,14 +435,15 @@ def open_graph(bundle: Bundle, threads: int | None = None) -> OpenGraph:
         import onnxruntime
     except ModuleNotFoundError as err:
         raise MissingDependencyError("onnxruntime", "cpu") from err
+    path = bundle.onnxruntime_path if variant is None else bundle.variant_path(variant)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    disabled, note = [], precision_note(bundle.dtype)
+    disabled, note = [], precision_note(bundle.dtype) if variant is None else None
     available = available_memory()
     needed = int(_WIDENING * 4 * count_parameters(bundle.config, bundle.task))  # type: ignore[arg-type]
-    if _is_stored_narrow(bundle) and available is not None and needed > 0.9 * available:
+    if variant is None and _is_stored_narrow(bundle) and available is not None and needed > 0.9 * available:
         disabled = ["ConstantFolding"]
         options.enable_mem_pattern = False  # it would reserve a second copy of what the arena holds
         note = (
@@ -312,12 +452,15 @@ def open_graph(bundle: Bundle, threads: int | None = None) -> OpenGraph:
         )
     try:
         session = onnxruntime.InferenceSession(
-            str(bundle.onnxruntime_path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+            str(path),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=disabled,
         )
     except Exception as err:
         raise ToolchainError(
             "onnxruntime cannot open this bundle",
-            details={"file": bundle.onnxruntime_path, "onnxruntime": onnxruntime.__version__, "reason": err},
+            details={"file": path, "onnxruntime": onnxruntime.__version__, "reason": err},
             hint="see the supported versions in pyproject.toml, extra `cpu`",
         ) from err
     return OpenGraph(onnxruntime, session, note)
