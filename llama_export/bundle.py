@@ -8,6 +8,7 @@
     model.onnxruntime.onnx   the same graph for our own onnxruntime session
     *.safetensors            the checkpoint's own files (the very same ones, reflinks, hard links, copies or converted);
                              none in another folder where the ONNX files hold the weights themselves (``embed``)
+    model.onnxruntime.int4.onnx, .data    a quantised variant and its weights, made by ``quantize``; and ``int8`` likewise
     engines/, report/        made later by ``build`` and ``validate``
 
 Role: written once by :mod:`llama_export.export`, opened by everything after it. Needs neither torch nor onnx.
@@ -49,6 +50,7 @@ from llama_export.checkpoint import (
 from llama_export.config import (
     DTYPES,
     TASKS,
+    VARIANTS,
     LlamaConfig,
     RopeConfig,
     WeightsMode,
@@ -87,6 +89,33 @@ class Bundle:
         return self.folder / ONNXRUNTIME_NAME
 
     @property
+    def variants(self) -> tuple[str, ...]:
+        """The quantised variants there are, of :data:`VARIANTS`."""
+        return tuple(name for name in VARIANTS if name in self.manifest.get("quantized", {}))
+
+    def variant_path(self, variant: str | None) -> Path:
+        """The graph of a quantised variant, for our onnxruntime session; of None, that of the weights as they are.
+
+        Raises:
+            ConfigError: there is no such variant, or it was not made.
+        """
+        if variant is None:
+            return self.onnxruntime_path
+        if variant not in VARIANTS:
+            raise ConfigError(
+                f"unknown type of quantised weights: {variant}",
+                details={"got": variant, "expected": " | ".join(VARIANTS)},
+                hint="choose one of these",
+            )
+        if variant not in self.variants:
+            raise ConfigError(
+                f"this bundle has no {variant} weights",
+                details={"bundle": self.folder, "got": ", ".join(self.variants) or "none", "expected": variant},
+                hint=f"make them: llama-export quantize {self.folder} --type {variant}",
+            )
+        return self.folder / variant_names(variant)[0]
+
+    @property
     def task(self) -> str:
         """What the graph computes: one of ``config.TASKS``."""
         return str(self.manifest["task"])
@@ -114,13 +143,20 @@ class Bundle:
         )
 
 
-def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
+def variant_names(variant: str) -> tuple[str, str]:
+    """File names of a quantised variant: its graph, its weights."""
+    stem = ONNXRUNTIME_NAME.removesuffix(".onnx")
+    return f"{stem}.{variant}.onnx", f"{stem}.{variant}.data"
+
+
+def load_bundle(folder: Path, *, ignore_hashes: bool = False, replacing: str | None = None) -> Bundle:
     """Opens a bundle and checks every file against the manifest. Finishes an export or a build that was killed while its
     files were moved into place.
 
     Args:
         folder: made by ``llama-export export``.
         ignore_hashes: skip the comparison of contents (missing files are still errors).
+        replacing: a quantised variant that is about to be made anew: what is there of it is not looked at, nor listed.
 
     Raises:
         ConfigError: no manifest here, or one this version does not understand.
@@ -145,6 +181,9 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
             hint=f"export again with this version ({__version__})",
         )
     try:
+        if replacing is not None and "quantized" in manifest:
+            kept = {key: value for key, value in dict(manifest["quantized"]).items() if key != replacing}
+            manifest = {**manifest, "quantized": kept}
         model = _tuples(manifest["model"])
         config = LlamaConfig(**{**model, "rope": RopeConfig(**_tuples(model["rope"]))})
         _check(manifest["task"] in TASKS, f"task {manifest['task']!r}")
@@ -158,13 +197,15 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
         _check({target: entry["file"] for target, entry in graphs.items()} == _GRAPHS, "functions")
         _check(manifest["graph_sha256"] == graphs["standard"]["sha256"], "graph_sha256")
         _check(len({entry["file"] for entry in weights}) == len(weights), "weights")
-        _check_places(folder, [entry["file"] for entry in (*weights, *graphs.values())])
-        for entry in (*weights, *graphs.values()):
-            if not os.path.exists(folder / entry["file"]):
+        variants = _checked_variants(manifest)
+        made = [entry[key] for entry in variants.values() for key in ("file", "data")]
+        _check_places(folder, [*(entry["file"] for entry in (*weights, *graphs.values())), *made])
+        for name in (*(entry["file"] for entry in (*weights, *graphs.values())), *made):
+            if not os.path.exists(folder / name):
                 raise ArtifactMismatchError(
-                    f"bundle is incomplete: `{entry['file']}` is missing",
+                    f"bundle is incomplete: `{name}` is missing",
                     details={"bundle": folder},
-                    hint="export again",
+                    hint=_requantize(folder, name.split(".")[-2]) if name in made else "export again",
                 )
         if not ignore_hashes:
             _check_config(folder, config)
@@ -172,6 +213,8 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
                 _check_hash(folder, entry["file"], entry["sha256"])
             for entry in weights:
                 _check_weight_file(folder, entry)
+            for variant, entry in variants.items():
+                _check_variant(folder, variant, entry, graphs["onnxruntime"]["sha256"])
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as err:
         raise ConfigError(
             f"`{MANIFEST_NAME}` lacks a field or holds a wrong one: {err}",
@@ -179,6 +222,49 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False) -> Bundle:
             hint="export again",
         ) from err
     return Bundle(folder, manifest, config)
+
+
+def _checked_variants(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The manifest's entry of each quantised variant, by type; none in a bundle that was not quantised."""
+    variants = dict(manifest.get("quantized", {}))
+    for variant, entry in variants.items():
+        _check(variant in VARIANTS and entry["type"] == variant, "quantized")
+        _check((entry["file"], entry["data"]) == variant_names(variant), f"quantized.{variant}")
+        numbers = ("bits", "block_size", "accuracy_level", "size", "data_size", "data_mtime_ns")
+        _check(all(type(entry[key]) is int and entry[key] >= 0 for key in numbers), f"quantized.{variant}")
+        hashes = ("sha256", "data_sha256", "source_sha256")
+        _check(all(isinstance(entry[key], str) for key in hashes), f"quantized.{variant}")
+        _check(isinstance(entry["symmetric"], bool), f"quantized.{variant}")
+    return variants
+
+
+def _requantize(folder: Path, variant: str) -> str:
+    return f"make it again: llama-export quantize {folder} --type {variant} --force"
+
+
+def _check_variant(folder: Path, variant: str, entry: Mapping[str, Any], source_sha256: str) -> None:
+    """It belongs to this export; its graph by content; its weights by size, and by content where the time differs."""
+    hint = _requantize(folder, variant)
+    if entry["source_sha256"] != source_sha256:
+        raise ArtifactMismatchError(
+            f"the {variant} weights are of another export",
+            details={
+                "bundle": folder,
+                "got": f"made from {ONNXRUNTIME_NAME} of sha256 {entry['source_sha256']}",
+                "expected": f"sha256 {source_sha256}",
+            },
+            hint=hint,
+        )
+    _check_hash(folder, entry["file"], entry["sha256"], hint)
+    found = os.stat(folder / entry["data"])
+    if found.st_size != entry["data_size"]:
+        raise ArtifactMismatchError(
+            f"`{entry['data']}` is not the file the manifest describes",
+            details={"bundle": folder, "got": f"{found.st_size} bytes", "expected": f"{entry['data_size']} bytes"},
+            hint=hint,
+        )
+    if not _same_time(found.st_mtime_ns, entry["data_mtime_ns"]):
+        _check_hash(folder, entry["data"], entry["data_sha256"], hint)
 
 
 def _finish_interrupted(folder: Path) -> None:
@@ -257,7 +343,12 @@ def check_plain_name(name: str, source: Path) -> None:
         )
 
 
-def _check_hash(folder: Path, name: str, expected: str) -> None:
+def _check_hash(
+    folder: Path,
+    name: str,
+    expected: str,
+    hint: str = "export again, or pass --ignore-hashes if you changed it on purpose",
+) -> None:
     try:
         got = sha256_of_file(folder / name)
     except OSError as err:
@@ -270,7 +361,7 @@ def _check_hash(folder: Path, name: str, expected: str) -> None:
         raise ArtifactMismatchError(
             f"`{name}` is not the file the manifest describes",
             details={"bundle": folder, "got": f"sha256 {got}", "expected": f"sha256 {expected}"},
-            hint="export again, or pass --ignore-hashes if you changed it on purpose",
+            hint=hint,
         )
 
 
@@ -495,7 +586,9 @@ def staged_bundle(destination: Destination) -> Iterator[Path]:
         with staging_folder(home) as staging:
             yield staging
             if destination.in_place:
-                commit(staging, target)
+                # An export's manifest knows no quantised variant: those of the export before it go with that one's.
+                stale = [name for variant in VARIANTS for name in variant_names(variant) if (target / name).exists()]
+                commit(staging, target, obsolete=stale)
             else:
                 replace_folder(staging, target)
             for folder in {home, *(folder.parent for folder in new_parents)}:
@@ -506,6 +599,27 @@ def staged_bundle(destination: Destination) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # not empty: the bundle is in it, or another process uses it
             for folder in new_parents:
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def staged_variant(folder: Path) -> Iterator[Path]:
+    """A folder to write a quantised variant and the new manifest into; its files replace those of ``folder`` together.
+
+    Raises:
+        ToolchainError: no space. ExportError: any other failure to write.
+    """
+    try:
+        with staging_folder(folder) as staging:
+            yield staging
+            commit(staging, folder)
+    except OSError as err:
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ToolchainError(
+                "no space left",
+                details={"where": folder, "got": err.strerror or err, "expected": "room for the quantised weights"},
+                hint="free some space; the bundle is as it was",
+            ) from err
+        raise write_error(err, folder) from err
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -35,6 +35,8 @@ EngineWeights = Literal["constant", "input", "stripped"]
 ENGINE_WEIGHTS: tuple[str, ...] = get_args(EngineWeights)
 WeightsMode = Literal["auto", "link", "copy", "embed"]
 WEIGHTS_MODES: tuple[str, ...] = get_args(WeightsMode)
+VARIANTS = ("int4", "int8")
+"""Types of quantised weights: see :mod:`llama_export.quantization`."""
 CUSTOM_OPS = ("LlamaRMSNorm", "LlamaAddRMSNorm", "LlamaAttention", "LlamaMaskedAttention")
 """The graphs' ops that an engine computes by a plugin or by TensorRT's own layers; must equal ``ops.OP_SPECS``."""
 

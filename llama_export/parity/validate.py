@@ -17,6 +17,7 @@ from llama_export.graph_io import INTERFACES
 from llama_export.parity.case import remove_cases
 from llama_export.parity.head_stages import HEAD_STAGES, HeadValidator
 from llama_export.parity.judge import NotRun, ValidateConfig, Validator
+from llama_export.parity.quantized_stages import quantized_stages
 from llama_export.parity.result import ParityReport, Stage, matches
 from llama_export.parity.stages import STAGES, CausalValidator
 
@@ -60,6 +61,7 @@ def validate_bundle(
         environment={**environment(), "command": _command(bundle, config)},
         hashes={
             "graph": sha256_of_file(bundle.model_path),
+            **{path.name: sha256_of_file(path) for path in map(bundle.variant_path, bundle.variants)},
             **{path.name: sha256_of_file(path) for path in bundle.engines},
         },
         model={
@@ -84,7 +86,7 @@ def stages_of(
         ShapeError: the tokenizer is another model's.
     """
     if INTERFACES[bundle.task].has_cache:
-        return CausalValidator(bundle, config), STAGES
+        return CausalValidator(bundle, config), {**STAGES, **quantized_stages(bundle)}
     if config.text is not None:
         raise ConfigError(
             f"a text to measure on means nothing to {bundle.task}",
