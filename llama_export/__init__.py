@@ -1,4 +1,25 @@
-"""Llama checkpoints to ONNX and TensorRT engines that are proven to compute what the checkpoint computes."""
+"""Llama checkpoints to ONNX and TensorRT engines that are proven to compute what the checkpoint computes.
+
+>>> import llama_export
+>>> llm = llama_export.load("build/tiny-llama")
+>>> llm.complete(["def "], max_new_tokens=16)[0].text
+
+More in :mod:`llama_export.llm`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_export.llm import LLM, Completion, SamplingParams, load
 
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+__all__ = ["LLM", "Completion", "SamplingParams", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """The names of :mod:`llama_export.llm`, imported when one is asked for: the command line's ``--help`` needs none of it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from llama_export import llm
+
+    return getattr(llm, name)

@@ -12,8 +12,8 @@ import dataclasses
 import errno
 import json
 import os
+import secrets
 import signal
-import statistics
 import sys
 import time
 import traceback
@@ -22,14 +22,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from llama_export import __version__
 from llama_export._process import collector_paused
-from llama_export.config import BACKENDS, DTYPES, ENGINE_WEIGHTS, TASKS, WEIGHTS_MODES, EngineConfig, ExportConfig
+from llama_export.config import (
+    BACKENDS,
+    DTYPES,
+    ENGINE_WEIGHTS,
+    TASKS,
+    VARIANTS,
+    WEIGHTS_MODES,
+    EngineConfig,
+    ExportConfig,
+)
 from llama_export.errors import ConfigError, LlamaExportError, ShapeError, ToolchainError
 
 if TYPE_CHECKING:
     from llama_export.bundle import Bundle
+    from llama_export.llm import Completion, TextGeneration
 
 EXIT_CODES = """\b
 Exit codes:
@@ -48,6 +59,9 @@ _ignore_hashes = click.option(
 )
 _ignore_estimate = click.option(
     "--ignore-estimate", is_flag=True, help="Go on although the estimate says that disk or memory do not suffice."
+)
+_quantize_option = click.option(
+    "--quantize", type=click.Choice(VARIANTS), help="Use these weights, made by `llama-export quantize`."
 )
 
 
@@ -90,11 +104,15 @@ def cli() -> None:
     metavar="KEY",
     help="Accept a config.json key that is not read.",
 )
+@click.option(
+    "--quantize", "quantized", multiple=True, type=click.Choice(VARIANTS),
+    help="Quantise the weights for the CPU at the end, as `quantize` does; may be repeated.",
+)  # fmt: skip
 @_ignore_estimate
 @_json_flag
 def export(
     checkpoint: Path, output: Path | None, task: str, dtype: str, weights: Any, convert_weights: bool, force: bool,
-    hash_weights: bool, allow_config_keys: tuple[str, ...], ignore_estimate: bool, as_json: bool,
+    hash_weights: bool, allow_config_keys: tuple[str, ...], quantized: tuple[str, ...], ignore_estimate: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT (a Hugging Face folder) to ONNX, weights by reference."""
     with collector_paused():  # the imports, too, make many objects and no garbage
@@ -112,7 +130,38 @@ def export(
     )
     with _progress("bytes") as progress:
         result = export_checkpoint(checkpoint, output, config, log=_log, progress=progress)
-    _print(dataclasses.asdict(result), as_json, result.bundle)
+    data = dataclasses.asdict(result)
+    if quantized:
+        data["quantized"] = [
+            _quantize(Path(result.bundle), kind, force=False, ignore_estimate=ignore_estimate, ignore_hashes=False)
+            for kind in dict.fromkeys(quantized)
+        ]
+    _print(data, as_json, result.bundle)
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--type", "kind", type=click.Choice(VARIANTS), default="int4", help="Bits of a weight.")
+@click.option("--force", is_flag=True, help="Replace weights of the same type.")
+@_ignore_estimate
+@_ignore_hashes
+@_json_flag
+def quantize(bundle: Path, kind: str, force: bool, ignore_estimate: bool, ignore_hashes: bool, as_json: bool) -> None:
+    """Quantise the weights of BUNDLE for the CPU: a graph and a weight file beside the others, which stay as they are."""
+    data = _quantize(bundle, kind, force=force, ignore_estimate=ignore_estimate, ignore_hashes=ignore_hashes)
+    _print(data, as_json, data["bundle"])
+
+
+def _quantize(bundle: Path, kind: str, *, force: bool, ignore_estimate: bool, ignore_hashes: bool) -> dict[str, Any]:
+    from llama_export.bundle import load_bundle
+    from llama_export.quantization import quantize_bundle
+
+    opened = load_bundle(bundle, ignore_hashes=ignore_hashes, replacing=kind if force else None)
+    with _progress("bytes") as progress:
+        result = quantize_bundle(
+            opened, kind, force=force, ignore_estimate=ignore_estimate, log=_log, progress=progress
+        )
+    return dataclasses.asdict(result)
 
 
 @cli.command()
@@ -193,12 +242,39 @@ def refit(engine: Path, bundle: Path, force: bool, ignore_hashes: bool, as_json:
 
 @cli.command()
 @click.argument("bundle", type=_PATH)
-@click.option("--prompt", help="Text to continue, to classify, to embed; or the question.")
+@click.option(
+    "--prompt", "prompts", multiple=True, metavar="TEXT",
+    help="Text to continue, to classify, to embed; or the question. Several are continued as one batch.",
+)  # fmt: skip
 @click.option("--context", help="Question answering: the text that holds the answer.")
 @click.option("--tokens", metavar="1,2,3", help="Token ids instead of --prompt.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), default=64, metavar="TOKENS", help="How many tokens to add at most."
 )
+@click.option("--temperature", type=float, default=0.0, help="Above 0: draw tokens at random; 0: take the likeliest.")
+@click.option("--top-k", type=int, default=0, metavar="TOKENS", help="Draw from the likeliest ones; 0: from all.")
+@click.option(
+    "--top-p", type=float, default=1.0, help="Draw from the likeliest ones that have this probability together."
+)
+@click.option(
+    "--min-p", type=float, default=0.0, help="Draw from those at least this share as likely as the likeliest."
+)
+@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: less of what prompt and output hold.")
+@click.option("--presence-penalty", type=float, default=0.0, help="Subtract from the logits of tokens in the output.")
+@click.option("--frequency-penalty", type=float, default=0.0, help="Subtract for each time a token is in the output.")
+@click.option(
+    "--logit-bias", multiple=True, metavar="TOKEN=VALUE", help="Add to the logit of a token; may be repeated."
+)
+@click.option("--seed", type=int, help="Of the random draws.  [default: another one each time]")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
+@click.option(
+    "--stop-token", "stop_token_ids", type=int, multiple=True, metavar="ID", help="End at this token; may be repeated."
+)
+@click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-sequence token.")
+@click.option(
+    "--logprobs", type=int, metavar="N", help="With --json: log-probabilities of each token and of the N likeliest."
+)
+@_quantize_option
 @click.option(
     "--max-seq-len",
     type=click.IntRange(1),
@@ -208,19 +284,20 @@ def refit(engine: Path, bundle: Path, force: bool, ignore_hashes: bool, as_json:
 @click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: one per core]")
 @_ignore_hashes
 @_json_flag
+@click.pass_context
 def run(
-    bundle: Path, prompt: str | None, context: str | None, tokens: str | None, max_new_tokens: int, max_seq_len: int | None,
-    threads: int | None, ignore_hashes: bool, as_json: bool,
+    command: click.Context, /, bundle: Path, prompts: tuple[str, ...], context: str | None, tokens: str | None,
+    quantize: str | None, max_seq_len: int | None, threads: int | None, ignore_hashes: bool, as_json: bool, **sampling: Any,
 ) -> None:  # fmt: skip
-    """Run BUNDLE on onnxruntime (CPU): continue a prompt, greedily, or say what the head makes of it.
+    """Run BUNDLE on onnxruntime (CPU): continue prompts, or say what the head makes of a text.
 
-    Text goes to stdout as it is generated.
+    Text goes to stdout as it is generated; of several prompts, when all are done.
     """
     from llama_export.bundle import load_bundle
 
-    if (prompt is None) == (tokens is None):
+    if bool(prompts) == (tokens is not None):
         raise click.UsageError("give either --prompt TEXT or --tokens 1,2,3")
-    for flag, text in (("--prompt", prompt), ("--context", context)):
+    for flag, text in (*(("--prompt", prompt) for prompt in prompts), ("--context", context)):
         if text is not None and not _is_unicode(text):
             raise ConfigError(
                 f"{flag} is not UTF-8 text", details={"got": ascii(text)}, hint="check the terminal's encoding"
@@ -231,9 +308,18 @@ def run(
             raise ConfigError(
                 "a context means nothing to causal-lm", details={"bundle": bundle}, hint="leave --context out"
             )
-        _generate(opened, prompt, tokens, max_new_tokens, max_seq_len, threads, as_json)
-    else:
-        _predict(opened, prompt, context, tokens, threads, as_json)
+        sampling["logit_bias"] = dict(map(_token_bias, sampling["logit_bias"]))
+        _generate(opened, prompts, tokens, sampling, quantize, max_seq_len, threads, as_json)
+        return
+    only_generation = [*sampling, "quantize", "max_seq_len"]
+    given = [name for name in only_generation if command.get_parameter_source(name) != ParameterSource.DEFAULT]
+    if given or len(prompts) > 1:
+        raise ConfigError(
+            f"{opened.task} takes one text and no settings of generation",
+            details={"bundle": bundle, "got": ", ".join(given) or f"{len(prompts)} prompts"},
+            hint="give one --prompt, and leave the others out",
+        )
+    _predict(opened, prompts[0] if prompts else None, context, tokens, threads, as_json)
 
 
 def _predict(
@@ -257,46 +343,77 @@ def _predict(
 
 
 def _generate(
-    opened: Bundle, prompt: str | None, tokens: str | None, max_new_tokens: int, max_seq_len: int | None,
-    threads: int | None, as_json: bool,
+    opened: Bundle, prompts: Sequence[str], tokens: str | None, sampling: Mapping[str, Any], quantize: str | None,
+    max_seq_len: int | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """One prompt continued; text goes out as it comes."""
-    from llama_export.runtime import OnnxRuntimeSession, TextCodec, generate
+    """One prompt continued, whose text goes out as it comes; or several as one batch."""
+    from llama_export.llm import LLM, open_session
+    from llama_export.runtime import SamplingParams, TextCodec
 
-    codec = TextCodec(opened.folder) if prompt is not None or (opened.folder / "tokenizer.json").is_file() else None
-    ids = codec.encode(prompt) if prompt is not None and codec is not None else _token_list(tokens or "")
+    params = SamplingParams(**sampling)
+    if params.logprobs is not None and not as_json:
+        raise ConfigError(
+            "--logprobs has no place in plain text", details={"got": f"--logprobs {params.logprobs}"}, hint="add --json"
+        )
+    if params.temperature > 0 and params.seed is None:
+        params = dataclasses.replace(params, seed=secrets.randbits(32))  # so that the run can be repeated
+    codec = TextCodec(opened.folder) if prompts or (opened.folder / "tokenizer.json").is_file() else None
+    ids = [codec.encode(text) for text in prompts] if codec is not None and prompts else [_token_list(tokens or "")]
     if max_seq_len is None:
-        max_seq_len = _capacity(len(ids), max_new_tokens, opened.config.max_length)
-    session = OnnxRuntimeSession(opened, max_seq_len=max_seq_len, threads=threads)
+        max_seq_len = _capacity(max(map(len, ids)), params.max_new_tokens, opened.config.max_length)
+    session = open_session(opened, backend="onnxruntime", quantize=quantize, max_seq_len=max_seq_len, threads=threads)
     if session.note:
         _log(f"run: {session.note}")
-    stream = codec.stream() if codec is not None else None
-
-    comma = ""
-
-    def show(_: int, token: int) -> None:
-        nonlocal comma
-        if not as_json:
-            _write(stream.push(token) if stream is not None and prompt is not None else f"{comma}{token}")
-            comma = ","
-
-    result = generate(
-        session, [ids], max_new_tokens=max_new_tokens, stop_tokens=opened.manifest["eos_token_ids"], on_token=show
-    )
-    speed = result.decode_tokens_per_second
+    llm = LLM(opened, session, codec)
+    if len(ids) == 1 and not as_json:
+        made = [_stream(llm.generate(ids[0], params), as_text=bool(prompts))]
+    else:
+        made = llm.complete(ids, params)
+    prefill = max(one.prefill_seconds for one in made)
+    decode = max(one.prefill_seconds + one.decode_seconds for one in made) - prefill
+    later = sum(len(one.tokens) - 1 for one in made)
+    speed = later / decode if later and decode else None
     if as_json:
-        text = codec.decode(result.tokens[0]) if codec is not None else None
+        several = len(made) > 1
+        texts = [one.text if codec is not None else None for one in made]
+        reasons = [one.finish_reason for one in made]
         data = {
-            "tokens": result.tokens, "text": text, "prefill_seconds": round(result.prefill_seconds, 6),
-            "decode_tokens_per_second": None if speed is None else round(speed, 2), "backend": session.backend,
+            "tokens": [one.tokens for one in made], "text": texts if several else texts[0],
+            "prefill_seconds": round(prefill, 6), "decode_tokens_per_second": None if speed is None else round(speed, 2),
+            "backend": session.backend, "finish_reason": reasons if several else reasons[0],
+            "logprobs": None if params.logprobs is None else [_logprobs(one) for one in made], "seed": params.seed,
         }  # fmt: skip
         _print(data, True, "")
-    else:
-        _write((stream.finish() if stream is not None and prompt is not None else "") + "\n")
+    elif len(made) > 1:
+        for prompt, one in zip(prompts, made, strict=True):
+            click.echo(f"prompt: {json.dumps(prompt, ensure_ascii=False)}\n{one.text}")
     rate = "" if speed is None else f", decode {speed:.1f} tokens/s"
-    _log(
-        f"run: {len(result.tokens[0])} tokens, prefill {result.prefill_seconds * 1000:.0f} ms{rate}, {session.backend}"
-    )
+    seed = "" if params.temperature == 0 else f", seed {params.seed}"
+    count = sum(len(one.tokens) for one in made)
+    _log(f"run: {count} tokens, prefill {prefill * 1000:.0f} ms{rate}, {session.backend}{seed}")
+
+
+def _stream(generation: TextGeneration, *, as_text: bool) -> Completion:
+    """Prints pieces of text, or token ids, as they come; the line is ended whatever happens."""
+    comma = ""
+    try:
+        for piece in generation:
+            _write(piece if as_text else f"{comma}{generation.events[-1].token}")
+            comma = ","
+    finally:
+        _write("\n")
+    return generation.result
+
+
+def _logprobs(one: Completion) -> list[dict[str, Any]]:
+    """Per token, as JSON."""
+    return [
+        {
+            "token": at.token, "logprob": at.logprob,
+            "top": [{"token": token, "logprob": logprob} for token, logprob in at.top],
+        }
+        for at in one.logprobs or ()
+    ]  # fmt: skip
 
 
 def _is_unicode(text: str) -> bool:
@@ -329,6 +446,87 @@ def _token_list(text: str) -> list[int]:
             details={"got": repr(text), "expected": "1,2,3"},
             hint="separate token ids by commas, or give text: --prompt TEXT",
         ) from None
+
+
+def _token_bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise ConfigError(
+            f"--logit-bias is not a token id and a number: {text!r}",
+            details={"got": repr(text), "expected": "TOKEN=VALUE, as in 42=-1.5"},
+            hint="one --logit-bias per token",
+        ) from None
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--system", metavar="TEXT", help="The system message.")
+@click.option(
+    "--temperature", type=float, help="0: take the likeliest token.  [default: generation_config.json's, else 0.7]"
+)
+@click.option(
+    "--top-k",
+    type=int,
+    metavar="TOKENS",
+    help="Draw from the likeliest ones; 0: from all.  [default: likewise, else 0]",
+)
+@click.option(
+    "--top-p", type=float, help="Draw from the likeliest ones that have this probability together.  [default: likewise, else 1]",
+)  # fmt: skip
+@click.option(
+    "--min-p", type=float, help="Draw from those at least this share as likely as the likeliest.  [default: likewise, else 0]",
+)  # fmt: skip
+@click.option(
+    "--repetition-penalty", type=float, help="Above 1: less of what was said before.  [default: likewise, else 1]"
+)
+@click.option("--seed", type=int, help="Of the random draws.  [default: another one each time]")
+@click.option("--max-new-tokens", type=int, metavar="TOKENS", help="Longest answer.  [default: 1024]")
+@_quantize_option
+@click.option(
+    "--max-seq-len",
+    type=click.IntRange(1),
+    metavar="TOKENS",
+    help="How much conversation the KV cache holds.  [default: what the model can, at most 4096]",
+)
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: one per core]")
+@_ignore_hashes
+@_json_flag
+def chat(
+    bundle: Path, system: str | None, quantize: str | None, max_seq_len: int | None, threads: int | None,
+    ignore_hashes: bool, as_json: bool, **sampling: Any,
+) -> None:  # fmt: skip
+    """Have a conversation with BUNDLE, worded as the checkpoint's own chat template says.
+
+    Without a terminal each line of stdin is a message, and each answer goes to stdout.
+    """
+    from llama_export import terminal_chat
+
+    llm = terminal_chat.open_chat_model(
+        bundle, quantize=quantize, max_seq_len=max_seq_len, threads=threads, ignore_hashes=ignore_hashes
+    )
+    given = {name: value for name, value in sampling.items() if value is not None}
+    conversation = terminal_chat.Conversation(
+        llm, system=system, sampling={**terminal_chat.default_sampling(llm.bundle.folder), **given}
+    )
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if hasattr(stream, "reconfigure"):  # bytes that are no text are refused in words; what cannot be shown is a `?`
+            stream.reconfigure(errors=errors)
+    if sys.stdin.isatty() and sys.stdout.isatty() and not as_json:
+        terminal_chat.TerminalChat(conversation, out=sys.stdout, color=terminal_chat.wants_color(sys.stdout)).run()
+        return
+    if llm.session.note:
+        _log(f"chat: {llm.session.note}")
+    shown = terminal_chat.visible if sys.stdout.isatty() else str
+    replies = terminal_chat.answer_lines(
+        conversation,
+        iter(sys.stdin),
+        write=(lambda text: None) if as_json else lambda text: _write(shown(text)),
+        log=_log,
+    )
+    if as_json:
+        _print(terminal_chat.document(conversation, replies), True, "")
 
 
 @cli.command()
@@ -462,45 +660,35 @@ def _names(text: str) -> tuple[str, ...]:
     "--new-tokens", type=click.IntRange(2), default=64, metavar="TOKENS", help="Decode steps per run, plus one."
 )
 @click.option("--runs", type=click.IntRange(1), default=5, help="Counted runs, after one warm-up.")
+@click.option(
+    "--max-seq-len", type=click.IntRange(1), metavar="TOKENS", help="KV-cache capacity.  [default: what a run needs]"
+)
 @click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: one per core]")
+@_quantize_option
 @_ignore_hashes
 @_json_flag
 def bench(
-    bundle: Path,
-    prompt_tokens: int,
-    new_tokens: int,
-    runs: int,
-    threads: int | None,
-    ignore_hashes: bool,
-    as_json: bool,
-) -> None:
-    """Time prefill and decode of BUNDLE on onnxruntime (CPU): medians over several runs."""
-    import numpy as np
+    bundle: Path, prompt_tokens: int, new_tokens: int, runs: int, max_seq_len: int | None, threads: int | None,
+    quantize: str | None, ignore_hashes: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Time prefill and decode of BUNDLE on onnxruntime (CPU), beside the bandwidth of the memory."""
+    from rich.console import Console
 
     from llama_export.bundle import load_bundle
-    from llama_export.runtime import OnnxRuntimeSession, generate
+    from llama_export.runtime import OnnxRuntimeSession
+    from llama_export.runtime.bench import bench_bundle, print_bench
 
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
-    capacity = _capacity(prompt_tokens, new_tokens, opened.config.max_length)
-    session = OnnxRuntimeSession(opened, max_seq_len=capacity, threads=threads)
-    prompt = np.random.default_rng(0).integers(0, opened.config.vocab_size, prompt_tokens).tolist()
-    results = [generate(session, [prompt], max_new_tokens=new_tokens) for _ in range(runs + 1)][1:]
-    prefill = [result.prefill_seconds for result in results]
-    decode = [result.decode_tokens_per_second or 0.0 for result in results]
-    data = {
-        "backend": session.backend, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "runs": runs,
-        "kv_cache_capacity": capacity, "prefill_seconds": _spread(prefill), "decode_tokens_per_second": _spread(decode),
-    }  # fmt: skip
-    lines = [
-        f"prefill of {prompt_tokens} tokens  median {statistics.median(prefill) * 1000:.1f} ms  ({min(prefill) * 1000:.1f} to {max(prefill) * 1000:.1f})",
-        f"decode                 median {statistics.median(decode):.1f} tokens/s  ({min(decode):.1f} to {max(decode):.1f})",
-        f"{session.backend}, cache of {capacity} tokens, {runs} runs",
-    ]
-    _print(data, as_json, "\n".join(lines))
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 6), "min": round(min(values), 6), "max": round(max(values), 6)}
+    capacity = max_seq_len or _capacity(prompt_tokens, new_tokens, opened.config.max_length)
+    result = bench_bundle(
+        opened,
+        lambda: OnnxRuntimeSession(opened, max_seq_len=capacity, threads=threads, variant=quantize),
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs, threads=threads, quantize=quantize,
+    )  # fmt: skip
+    if as_json:
+        _print({**dataclasses.asdict(result), "bandwidth_share": result.bandwidth_share}, True, "")
+    else:
+        print_bench(result, Console())
 
 
 @cli.command()

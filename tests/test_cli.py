@@ -35,8 +35,10 @@ from llama_export.parity.result import ParityReport, Stage
 Capture = pytest.CaptureFixture[str]
 COMMANDS = (
     "export",
+    "quantize",
     "build",
     "run",
+    "chat",
     "validate",
     "reproduce",
     "report diff",
@@ -193,6 +195,8 @@ def test_help_of_a_command_shows_its_argument_defaults_and_units(command: str, c
             "[default: 4]",
             "[default: plugin]",
         ],
+        "quantize": ["BUNDLE", "--type [int4|int8]", "[default: int4]", "--force"],
+        "chat": ["BUNDLE", "--system TEXT", "--max-new-tokens TOKENS", "--quantize [int4|int8]"],
         "run": ["BUNDLE", "--tokens 1,2,3", "--prompt TEXT", "--max-new-tokens TOKENS", "[default: 64; x>=1]"],
         "validate": [
             "BUNDLE",
@@ -257,7 +261,17 @@ def test_run_prints_the_keys_of_the_contract(bundle: Path, capsys: Capture) -> N
     assert main(["run", str(bundle), "--tokens", "1,2,3", "--max-new-tokens", "4", "--json"]) == 0
     captured = capsys.readouterr()
     data = document(captured.out)
-    assert list(data) == ["tokens", "text", "prefill_seconds", "decode_tokens_per_second", "backend"]
+    keys = [
+        "tokens",
+        "text",
+        "prefill_seconds",
+        "decode_tokens_per_second",
+        "backend",
+        "finish_reason",
+        "logprobs",
+        "seed",
+    ]
+    assert list(data) == keys
     ((*tokens,),) = data["tokens"]
     assert 1 <= len(tokens) <= 4  # new tokens only
     assert all(0 <= token < 97 for token in tokens)
@@ -296,11 +310,23 @@ def test_bench_prints_medians(bundle: Path, capsys: Capture) -> None:
     assert main([*command, "--json"]) == 0
     data = document(capsys.readouterr().out)
     assert (data["prompt_tokens"], data["new_tokens"], data["runs"]) == (8, 3, 2)
-    for key in ("prefill_seconds", "decode_tokens_per_second"):
+    for key in ("prefill_seconds", "prefill_tokens_per_second", "decode_tokens_per_second"):
         assert 0 < data[key]["min"] <= data[key]["median"] <= data[key]["max"]
+    assert 0 < data["token_seconds_p50"] <= data["token_seconds_p99"]
+    manifest = json.loads((bundle / "manifest.json").read_text())["model"]
+    stored = (bundle / "model.safetensors").read_bytes()
+    weights = (
+        len(stored) - 8 - int.from_bytes(stored[:8], "little") - 4 * manifest["vocab_size"] * manifest["hidden_size"]
+    )
+    cached = 4 * 2 * manifest["num_hidden_layers"] * manifest["num_key_value_heads"] * manifest["head_dim"] * (8 + 1)
+    assert data["step_bytes"] == weights + cached
+    share = data["decode_tokens_per_second"]["median"] * data["step_bytes"] / data["read_bytes_per_second"]
+    assert data["bandwidth_share"] == pytest.approx(share)
+    assert 0 < data["resident_bytes"] <= data["peak_rss_bytes"]
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert "prefill of 8 tokens  median" in captured.out
+    assert "time to first token, ms" in captured.out
+    assert "2 runs after a warm-up" in captured.out
     assert captured.err == ""
 
 

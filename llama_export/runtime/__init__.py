@@ -1,8 +1,23 @@
 """The production runtime: a bundle in, tokens out. Needs numpy, tokenizers and an engine (onnxruntime), nothing else."""
 
-from llama_export.runtime.generation import Generation, generate
+from llama_export.runtime.generation import Generation, TokenEvent, generate, generate_steps
 from llama_export.runtime.prediction import predict
+from llama_export.runtime.protocol import CacheSession
+from llama_export.runtime.sampling import Sampler, SamplingParams, TokenLogprobs
 from llama_export.runtime.session import OnnxRuntimeHeadSession, OnnxRuntimeSession
 from llama_export.runtime.text import TextCodec
 
-__all__ = ["Generation", "OnnxRuntimeHeadSession", "OnnxRuntimeSession", "TextCodec", "generate", "predict"]
+__all__ = [
+    "CacheSession",
+    "Generation",
+    "OnnxRuntimeHeadSession",
+    "OnnxRuntimeSession",
+    "Sampler",
+    "SamplingParams",
+    "TextCodec",
+    "TokenEvent",
+    "TokenLogprobs",
+    "generate",
+    "generate_steps",
+    "predict",
+]

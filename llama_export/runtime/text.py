@@ -39,13 +39,25 @@ class TextCodec:
                 hint="copy the checkpoint's own again, or give token ids instead: --tokens 1,2,3",
             ) from err
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, with the special tokens the tokenizer adds itself (a leading <s> in Llama)."""
-        ids: list[int] = self._tokenizer.encode(text).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``, with the special tokens the tokenizer adds itself (a leading <s> in Llama) unless the
+        text has them already, as a chat template's does.
+
+        Raises:
+            ConfigError: the text holds half of a surrogate pair.
+        """
+        _check_unicode(text)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_with_offsets(self, text: str, pair: str | None = None) -> Encoding:
-        """Token ids, and where in the text each token lies; ``pair`` is a second text (a question's context)."""
+        """Token ids, and where in the text each token lies; ``pair`` is a second text (a question's context).
+
+        Raises:
+            ConfigError: a text holds half of a surrogate pair.
+        """
+        for part in (text, pair or ""):
+            _check_unicode(part)
         found = self._tokenizer.encode(text, pair)
         return Encoding(list(found.ids), list(found.offsets), list(found.sequence_ids), list(found.tokens))
 
@@ -60,9 +72,23 @@ class TextCodec:
         added: str = twice[len(once) :]  # the first token of a text may lose its space
         return added
 
-    def stream(self) -> TextStream:
-        """A decoder for tokens that arrive one by one."""
-        return TextStream(self._tokenizer)
+    def stream(self, stop: Sequence[str] = ()) -> StopStream:
+        """A decoder for tokens that arrive one by one, whose text ends before the first of ``stop``."""
+        return StopStream(TextStream(self._tokenizer), stop)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        raise ConfigError(
+            f"the text is not Unicode: character {err.start} is half of a surrogate pair",
+            details={
+                "got": ascii(text[max(0, err.start - 20) : err.start + 20]),
+                "expected": "text that UTF-8 can hold",
+            },
+            hint="decode the bytes or the JSON that it came from anew: what is one character is in two halves",
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +141,48 @@ class TextStream:
         before: str = self._tokenizer.decode(self._shown, skip_special_tokens=True)
         after: str = self._tokenizer.decode(self._shown + self._pending, skip_special_tokens=True)
         return after[len(before) :]
+
+
+class StopStream:
+    """A :class:`TextStream` that ends before the first of some texts, wherever the borders of tokens lie.
+
+    What may be the beginning of a stop text is held back until it is decided. Of several stop texts the one that is
+    complete first counts, character by character, and of those that end together the longest: how the text is cut into
+    tokens decides nothing.
+
+    Args:
+        stream: where the text comes from.
+        stop: texts of at least one character.
+    """
+
+    def __init__(self, stream: TextStream, stop: Sequence[str] = ()) -> None:
+        self._stream = stream
+        self._stop = tuple(stop)
+        self._longest = max(map(len, self._stop), default=0)
+        self._held = ""
+        self.matched: str | None = None
+        """The stop text that ended the text; nothing is to be pushed after it."""
+
+    def push(self, token: int) -> str:
+        """The new text that is certain after this token."""
+        return self._certain(self._stream.push(token), is_last=False)
+
+    def finish(self) -> str:
+        """What is left when no token follows; nothing after a stop text."""
+        return self._certain(self._stream.finish(), is_last=True) if self.matched is None else ""
+
+    def _certain(self, piece: str, *, is_last: bool) -> str:
+        held = self._held + piece
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := held.find(stop)) >= 0]
+        if found:
+            _, at, self.matched = min(found)
+            self._held = ""
+            return held[:at]
+        kept = 0 if is_last else self._undecided(held)
+        self._held = held[len(held) - kept :]
+        return held[: len(held) - kept]
+
+    def _undecided(self, text: str) -> int:
+        """Length of the longest end of ``text`` that a stop text begins with."""
+        lengths = range(min(self._longest - 1, len(text)), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)

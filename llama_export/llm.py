@@ -1,0 +1,403 @@
+"""A bundle as a language model: text in, text out.
+
+>>> import llama_export
+>>> llm = llama_export.load("build/tiny-llama")  # a folder that `llama-export export` made
+>>> for piece in llm.generate("import ", temperature=0.8, top_p=0.95, seed=1, stop=["\\n\\n"]):
+...     print(piece, end="", flush=True)
+>>> first, second = llm.complete(["def ", "class "], max_new_tokens=16)
+>>> first.text, first.finish_reason, first.decode_tokens_per_second
+>>> reply = llm.chat([{"role": "user", "content": "Hello!"}]).result  # where the checkpoint has a chat template
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from llama_export.bundle import Bundle, load_bundle
+from llama_export.config import BACKENDS, load_json_object
+from llama_export.errors import ConfigError
+from llama_export.runtime.generation import FinishReason, TokenEvent, generate_steps
+from llama_export.runtime.protocol import CacheSession
+from llama_export.runtime.sampling import SamplingParams, TokenLogprobs
+from llama_export.runtime.session import OnnxRuntimeSession
+from llama_export.runtime.text import TextCodec
+
+if TYPE_CHECKING:
+    from llama_export.runtime.chat_template import ChatTemplate
+
+__all__ = ["LLM", "Backend", "Completion", "Prompt", "SamplingParams", "TextGeneration", "load", "open_session"]
+
+DEFAULT_MAX_SEQ_LEN = 4096
+"""Capacity of the cache where none is asked for and the model has more positions, tokens."""
+Backend = Literal["auto", "onnxruntime", "tensorrt-rtx", "tensorrt"]
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What a prompt was continued with."""
+
+    text: str
+    """Without the stop text or token that ended it; empty without a tokenizer."""
+    tokens: list[int]
+    """All new ones, those of the stop included."""
+    finish_reason: FinishReason | None
+    """None: closed before its end."""
+    stop: str | int | None
+    """The stop text or the token that ended it."""
+    logprobs: list[TokenLogprobs] | None
+    """Of each token, if they were asked for."""
+    prompt_tokens: int
+    """Length of the prompt."""
+    reused_tokens: int
+    """How many of them the cache still held from the request before."""
+    prefill_seconds: float
+    """Of computing, to the first token."""
+    decode_seconds: float
+    """Of computing, from the first token to the last."""
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Of this row; None for one token."""
+        return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 else None
+
+
+def load(
+    bundle: str | Path,
+    *,
+    backend: Backend = "auto",
+    engine: str | Path | None = None,
+    quantize: str | None = None,
+    max_seq_len: int | None = None,
+    threads: int | None = None,
+    ignore_hashes: bool = False,
+) -> LLM:
+    """Opens a bundle for generation.
+
+    Args:
+        bundle: folder that ``llama-export export`` made.
+        backend, engine, quantize, max_seq_len, threads: see :func:`open_session`.
+        ignore_hashes: open the bundle although a file differs from its manifest.
+
+    Raises:
+        ConfigError: no bundle, not one of a causal LM, or see :func:`open_session`.
+        ArtifactMismatchError, MissingDependencyError, ShapeError, ToolchainError: see
+            :func:`llama_export.bundle.load_bundle` and the sessions.
+    """
+    opened = load_bundle(Path(bundle), ignore_hashes=ignore_hashes)
+    session = open_session(
+        opened, backend=backend, engine=engine, quantize=quantize, max_seq_len=max_seq_len, threads=threads
+    )
+    return LLM(opened, session, TextCodec(opened.folder) if (opened.folder / "tokenizer.json").is_file() else None)
+
+
+def open_session(
+    bundle: Bundle,
+    *,
+    backend: Backend = "auto",
+    engine: str | Path | None = None,
+    quantize: str | None = None,
+    max_seq_len: int | None = None,
+    threads: int | None = None,
+) -> CacheSession:
+    """A session of one row, on the CPU or with an engine.
+
+    Args:
+        bundle: from :func:`llama_export.bundle.load_bundle`.
+        backend: ``auto``: the named engine, else the bundle's own if there is one, this machine can run it and nothing is
+            asked for that only a CPU has; else onnxruntime.
+        engine: file; default: the bundle's only engine of the backend.
+        quantize: onnxruntime: ``int8`` or ``int4`` weights, made by ``llama-export quantize``.
+        max_seq_len: onnxruntime: tokens that a row can hold; default the model's, at most 4096. An engine's is built in.
+        threads: onnxruntime: CPU threads; default one per core.
+
+    Raises:
+        ConfigError: an unknown backend, an engine that is not there or one of several, quantised weights that were not
+            made, or a setting that the backend does not have.
+        ArtifactMismatchError, MissingDependencyError, ShapeError, ToolchainError: see the sessions.
+    """
+    of_cpu = {"quantize": quantize, "max_seq_len": max_seq_len, "threads": threads}
+    asked = [name for name, value in of_cpu.items() if value is not None]
+    if backend not in ("auto", "onnxruntime", *BACKENDS):
+        raise ConfigError(
+            f"unknown backend: {backend}",
+            details={"got": backend, "expected": " | ".join(("auto", "onnxruntime", *BACKENDS))},
+            hint="choose one of these",
+        )
+    if engine is not None and backend == "onnxruntime":
+        raise ConfigError(
+            "onnxruntime runs no engines",
+            details={"engine": engine},
+            hint='leave engine out, or choose backend="auto"',
+        )
+    path = Path(engine) if engine is not None else None
+    if path is None and backend != "onnxruntime" and not (backend == "auto" and asked):
+        path = _engine_of(bundle, backend)
+    if path is None:
+        capacity = min(bundle.config.max_length, DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
+        return OnnxRuntimeSession(bundle, max_seq_len=capacity, threads=threads, variant=quantize)
+    if asked:
+        raise ConfigError(
+            f"an engine has no {', '.join(asked)}",
+            details={"engine": path, "got": ", ".join(f"{name}={of_cpu[name]!r}" for name in asked)},
+            hint='capacity and precision are chosen by `llama-export build`; for a CPU say backend="onnxruntime"',
+        )
+    from llama_export.engine_session import EngineSession
+
+    return EngineSession(bundle, path)
+
+
+def _engine_of(bundle: Bundle, backend: Backend) -> Path | None:
+    """The bundle's only engine of a backend; of ``auto``: the only one that this machine can run, if there is one."""
+    from llama_export.engine_session import execution_blocker
+
+    built = {path: str(load_json_object(path.with_suffix(".json")).get("backend")) for path in bundle.engines}
+    if backend == "auto":
+        able = {name for name in BACKENDS if name in built.values() and execution_blocker(name) is None}
+        found = [path for path, name in built.items() if name in able]
+        if not found:
+            return None
+    else:
+        found = [path for path, name in built.items() if name == backend]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise ConfigError(
+            f"which engine? This bundle has {len(found)}",
+            details={"bundle": bundle.folder, "got": names, "expected": "one, or one that is named"},
+            hint="name it: engine=PATH"
+            if found
+            else f"make one: llama-export build {bundle.folder} --backend {backend}",
+        )
+    return found[0]
+
+
+class LLM:
+    """A causal LM with its tokenizer and one cache. One request at a time; :meth:`complete` runs several as one batch.
+
+    Args:
+        bundle: from :func:`llama_export.bundle.load_bundle`.
+        session: over this bundle.
+        codec: its tokenizer; None: token ids only.
+    """
+
+    def __init__(self, bundle: Bundle, session: CacheSession, codec: TextCodec | None) -> None:
+        self.bundle = bundle
+        self.session = session
+        self.codec = codec
+        self._held: _Draft | None = None
+        """The last request, if it was of one row: the cache holds the first ``past_length`` tokens of prompt and output."""
+        self._latest: TextGeneration | None = None
+
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any) -> TextGeneration:
+        """Continues a prompt, piece by piece. What the cache still holds of its beginning is not computed again.
+
+        Args:
+            prompt: text, or token ids.
+            params: how; default greedy.
+            **sampling: fields of :class:`SamplingParams` that replace those of ``params``.
+
+        Raises:
+            ConfigError, ShapeError: see :class:`SamplingParams` and
+                :func:`llama_export.runtime.generation.generate_steps`; no tokenizer for a text.
+        """
+        return self._generate(self._tokens(prompt), params, sampling)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        template: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> TextGeneration:
+        """The next message of a conversation, worded as the checkpoint's chat template says.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}``, oldest first.
+            params, **sampling: see :meth:`generate`.
+            template: further arguments of :meth:`~llama_export.runtime.chat_template.ChatTemplate.render`: ``tools``,
+                ``documents``, and what the template itself knows.
+
+        Raises:
+            ConfigError: no chat template, or one that refuses the conversation; and see :meth:`generate`.
+        """
+        text = self.chat_template.render(messages, **{"add_generation_prompt": True, **(template or {})})
+        return self._generate(self._codec().encode(text, add_special_tokens=False), params, sampling)
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """Continues several prompts as one batch, each to its own end.
+
+        Args:
+            prompts: texts or lists of token ids.
+            params: for all, or one per prompt; default greedy.
+            **sampling: see :meth:`generate`.
+
+        Raises:
+            ConfigError, ShapeError: see :meth:`generate`; more prompts than an engine's ``max_batch``.
+        """
+        if isinstance(prompts, str):
+            raise ConfigError(
+                "prompts are a list",
+                details={"got": repr(prompts)[:200]},
+                hint="complete([prompt]), or generate(prompt)",
+            )
+        if params is None or isinstance(params, SamplingParams):
+            wanted = [_settings(params, sampling)] * len(prompts)
+        else:
+            wanted = [_settings(one, sampling) for one in params]
+        events, drafts = self._start([self._tokens(prompt) for prompt in prompts], wanted)
+        for event in events:
+            drafts[event.row].events.append(event)
+        return [draft.completion() for draft in drafts]
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The bundle's.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        from llama_export.runtime.chat_template import ChatTemplate
+
+        return ChatTemplate.from_folder(self.bundle.folder)
+
+    def _generate(
+        self, tokens: list[int], params: SamplingParams | None, sampling: Mapping[str, Any]
+    ) -> TextGeneration:
+        events, (draft,) = self._start([tokens], [_settings(params, sampling)])
+        self._latest = TextGeneration(events, draft)
+        return self._latest
+
+    def _start(
+        self, prompts: list[list[int]], params: list[SamplingParams]
+    ) -> tuple[Generator[TokenEvent], list[_Draft]]:
+        """The events of a batch, and a draft of the completion of each row."""
+        alone = len(prompts) == 1
+        reused = self._reusable(prompts[0]) if alone else 0
+        events = generate_steps(
+            self.session, prompts, params,
+            eos_token_ids=self.bundle.manifest["eos_token_ids"], codec=self.codec, reused_tokens=reused,
+        )  # fmt: skip
+        if self._latest is not None:
+            self._latest.give_way()
+            self._latest = None
+        drafts = [_Draft(prompt, reused, wanted) for prompt, wanted in zip(prompts, params, strict=True)]
+        self._held = drafts[0] if alone else None
+        return events, drafts
+
+    def _reusable(self, prompt: Sequence[int]) -> int:
+        """Tokens at the beginning of a prompt that the cache holds, the last one left out: its logits are needed.
+
+        None where RoPE follows the length: the keys of a shorter text were turned by other frequencies.
+        """
+        if self._held is None or self.session.config.rope.follows_length:
+            return 0
+        held = [*self._held.prompt, *self._held.tokens][: int(self.session.past_length[0])]
+        most = min(len(held), len(prompt) - 1)
+        return next((at for at in range(most) if held[at] != prompt[at]), max(most, 0))
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        return self._codec().encode(prompt) if isinstance(prompt, str) else [operator.index(token) for token in prompt]
+
+    def _codec(self) -> TextCodec:
+        return self.codec if self.codec is not None else TextCodec(self.bundle.folder)  # which says what is missing
+
+
+class TextGeneration(Iterator[str]):
+    """The output of one request as it is made: one piece of text per token, empty while a character or a possible stop text
+    is incomplete. Computing happens in ``next``; leaving the ``with`` block, or :meth:`close`, ends it early.
+
+    A later request on the same model ends it, too, and ``next`` says so.
+    """
+
+    def __init__(self, steps: Generator[TokenEvent], draft: _Draft) -> None:
+        self._steps = steps
+        self._draft = draft
+        self._gave_way = False
+
+    def __next__(self) -> str:
+        if self._gave_way:
+            raise ConfigError(
+                "this generation was ended by a later request on the same model",
+                details={"tokens so far": len(self.events)},
+                hint="take the result first, run several prompts as one batch: complete(), or load the model twice",
+            )
+        event = next(self._steps)
+        self.events.append(event)
+        return event.text
+
+    @property
+    def events(self) -> list[TokenEvent]:
+        """One for each piece so far: the token, its log-probabilities, and why the text ended there, if it did."""
+        return self._draft.events
+
+    @property
+    def result(self) -> Completion:
+        """All of it; runs to the end first, unless it was closed."""
+        for _ in self:
+            pass
+        return self._draft.completion()
+
+    def close(self) -> None:
+        """Ends it here. The model may be used again, and still knows what it has read."""
+        self._steps.close()
+
+    def give_way(self) -> None:
+        """Ends it for a later request."""
+        self._gave_way = self._draft.completion().finish_reason is None
+        self.close()
+
+    def __enter__(self) -> TextGeneration:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A completion that is growing."""
+
+    prompt: list[int]
+    reused_tokens: int
+    params: SamplingParams
+    events: list[TokenEvent] = dataclasses.field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [event.token for event in self.events]
+
+    def completion(self) -> Completion:
+        events = self.events
+        first, last = (events[0], events[-1]) if events else (None, None)
+        logprobs = [event.logprobs for event in events if event.logprobs is not None]
+        return Completion(
+            text="".join(event.text for event in events),
+            tokens=self.tokens,
+            finish_reason=last.finish_reason if last else None,
+            stop=last.stop if last else None,
+            logprobs=None if self.params.logprobs is None else logprobs,
+            prompt_tokens=len(self.prompt),
+            reused_tokens=self.reused_tokens,
+            prefill_seconds=first.seconds if first else 0.0,
+            decode_seconds=last.seconds - first.seconds if first and last else 0.0,
+        )
+
+
+def _settings(params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
+    return dataclasses.replace(params or SamplingParams(), **changes)
