@@ -30,24 +30,52 @@ def parity_table(report: dict[str, object]) -> str:
     return "\n".join(rows)
 
 
-def figures_table(results: dict[str, Any]) -> str:
-    """Speed beside the peers, from the JSON of benchmarks/decode_speed.py."""
-    load, versions = results["workload"], results["versions"]
-    exports = {name.removesuffix(" builder"): entry for name, entry in results["export"].items() if "seconds" in entry}
-    packages = {"llama_export": "onnxruntime", "llama.cpp": "llama-cpp-python"}
+def newest_figures() -> dict[str, dict[str, Any]]:
+    """Model -> the newest committed run of benchmarks/decode_speed.py."""
+    found = {}
+    for path in sorted((ROOT / "benchmarks/results/decode-speed").glob("*.json")):
+        found[path.stem.rsplit("-", 1)[1]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def figures_table(figures: dict[str, dict[str, Any]]) -> str:
+    """Speed beside the peers, a pair of columns per model, from :func:`newest_figures`."""
+    models = list(figures)
+    names = list(dict.fromkeys(name for results in figures.values() for name in results["decode"]))
     rows = [
-        f"| {load['dtype']}, prompt {load['prompt_tokens']}, {load['new_tokens']} new tokens "
-        "| prefill s | decode tok/s | export s | export peak GB |",
-        "|---|---|---|---|---|",
+        "| | " + " | ".join(f"{model}: prefill s | decode tok/s" for model in models) + " |",
+        "|---" * (1 + 2 * len(models)) + "|",
     ]
-    for name, entry in results["decode"].items():
-        package = packages.get(name, name)
-        label = f"{name} ({package} {versions[package]})" if package != name else f"{name} {versions[name]}"
-        export = exports.get(name)
-        cost = f"{export['seconds']:.1f} | {export['peak_rss_gb']:.2f}" if export else "- | -"
-        prefill, decode = entry["prefill_seconds"]["median"], entry["decode_tokens_per_second"]["median"]
-        rows.append(f"| {label} | {prefill:.3f} | {decode:.1f} | {cost} |")
-    return "\n".join([*rows, "", f"Medians of {load['runs']} interleaved runs on {results['machine']['cpu']}."])
+    for name in names:
+        cells = []
+        for model in models:
+            entry = figures[model]["decode"].get(name, {})
+            if "runs" in entry:
+                prefill, decode = entry["prefill_seconds"]["median"], entry["decode_tokens_per_second"]["median"]
+                cells += [f"{prefill:.2f}", f"{decode:.1f}"]
+            else:
+                cells += ["-", "-"]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    rows.append("")
+    for model, results in figures.items():
+        load, versions = results["workload"], results["versions"]
+        missed = [
+            f"{item['what']} {item['found']:.2f} of {item['target']:.2f}"
+            for item in results["targets"]
+            if not item["met"]
+        ]
+        rows.append(
+            f"{model}: {load['threads']} threads of {results['machine']['cpu']}, which read "
+            f"{results['read_bandwidth_gb_per_second']['median']:.0f} GB/s; prompt {load['prompt_tokens']}, "
+            f"{load['new_tokens']} new tokens, medians of {load['runs']} interleaved runs. "
+            + (f"Missed: {'; '.join(missed)}." if missed else "All targets met.")
+        )
+    versions = ", ".join(
+        f"{name} {versions[name]}"
+        for name in ("onnxruntime", "onnxruntime-genai", "llama-cpp-python", "transformers")
+        if name in versions
+    )
+    return "\n".join([*rows, "", f"With {versions}."])
 
 
 def main() -> None:
@@ -55,9 +83,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     report = json.loads((ROOT / "build/report/parity.json").read_text(encoding="utf-8"))
-    newest = max((ROOT / "benchmarks/results").glob("*.json"))
-    results = json.loads(newest.read_text(encoding="utf-8"))
-    for name, section in (("parity", parity_table(report)), ("figures", figures_table(results))):
+    for name, section in (("parity", parity_table(report)), ("figures", figures_table(newest_figures()))):
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         whole = f"{begin}\n{section}\n{end}"
         text = re.sub(f"{begin}.*?{end}", lambda _, whole=whole: whole, text, flags=re.DOTALL)  # type: ignore[misc]
