@@ -4,7 +4,7 @@
 
 Requests are drawn from a seed: prompts of one to a few hundred tokens, some that continue the one before (the cache then
 keeps the common beginning), batches of up to five ragged rows, greedy and sampled with every setting, stop texts,
-logprobs, and streams that the consumer leaves in the middle. Each is made twice: by the one process that lives all the time, and by
+logprobs, requests that do not fit, and streams that the consumer leaves in the middle. Each is made twice: by the one process that lives all the time, and by
 a new process that makes no other. Tokens, texts, reasons and stops must be equal. The memory of the long-lived process is
 read after each request; between the second and the last quarter of the run its median may grow by 4 MiB at most.
 
@@ -27,6 +27,7 @@ from typing import Any
 from processes import log, machine
 
 import llama_export
+from llama_export.errors import ShapeError
 from llama_export.runtime.bench import resident_bytes
 from llama_export.runtime.sampling import SamplingParams
 
@@ -70,16 +71,19 @@ def draw(rng: random.Random, words: list[str], before: str) -> dict[str, Any]:
 
 
 def answer(llm: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a model makes of a request, as far as it must not depend on what was before."""
+    """What a model makes of a request: a refusal, or what must not depend on what was before, and ``reused_tokens``."""
     params = [SamplingParams(**one) for one in request["settings"]]
-    if len(params) > 1:
-        made = llm.complete(request["prompts"], params)
-    else:
-        with llm.generate(request["prompts"][0], params[0]) as pieces:
-            for count, _ in enumerate(pieces):
-                if count == request["leave_after"]:
-                    break
-        made = [pieces.result]
+    try:
+        if len(params) > 1:
+            made = llm.complete(request["prompts"], params)
+        else:
+            with llm.generate(request["prompts"][0], params[0]) as pieces:
+                for count, _ in enumerate(pieces):
+                    if count == request["leave_after"]:
+                        break
+            made = [pieces.result]
+    except ShapeError as err:
+        return [{"refused": str(err), "text": "", "tokens": [], "reused_tokens": 0}]
     keys = ("text", "tokens", "finish_reason", "stop", "reused_tokens")
     return [{key: getattr(one, key) for key in keys} for one in made]
 
@@ -94,7 +98,15 @@ def main() -> int:
     args = parser.parse_args()
     rng, llm = random.Random(args.seed), open_model(str(args.bundle))
     words = (Path(__file__).read_text(encoding="utf-8") + "naïve 你好 🙂").split()
-    kinds = {"requests": 0, "batches": 0, "left early": 0, "with reused tokens": 0, "sampled": 0, "tokens": 0}
+    kinds = {
+        "requests": 0,
+        "batches": 0,
+        "left early": 0,
+        "with reused tokens": 0,
+        "sampled": 0,
+        "refused": 0,
+        "tokens": 0,
+    }
     differing: list[dict[str, Any]] = []
     memory: list[int] = []
     before, host, start = "", machine(), time.monotonic()
@@ -116,6 +128,7 @@ def main() -> int:
         kinds["left early"] += request["leave_after"] is not None
         kinds["with reused tokens"] += any(reused)
         kinds["sampled"] += any("temperature" in one for one in request["settings"])
+        kinds["refused"] += "refused" in got[0]
         kinds["tokens"] += sum(len(one["tokens"]) for one in got)
         if kinds["requests"] % 100 == 0:
             log(f"{kinds['requests']} requests, {len(differing)} differ, {memory[-1] / 1e6:.1f} MB")

@@ -17,7 +17,8 @@ zeros        uint8    [N, ceil(J / 2)]       of int4: the integer that stands fo
 ===========  =======  =====================  =================================================================================
 
 A row's last block is filled up with zeros. Every tensor of the data file begins at a multiple of 4096 bytes, so that it can
-be mapped. Weights are read, quantised and written some rows at a time: memory does not grow with the model.
+be mapped. Weights are read, quantised and written some rows at a time: memory does not grow with the model (but where the
+graph holds its weights itself, below 2 GiB, it is read whole).
 
 Numerics: all arithmetic is float32, element by element in the order that stands here, and sums over a block are made by
 halves (the first half of the block added to the second, until one number is left), so that another implementation gives the
@@ -87,10 +88,11 @@ _ALIGNMENT = 4096
 _SMALLEST = np.float32(2.0**-100)
 _ROWS_BYTES = 4 << 20
 """Read at a time by a thread, as float32."""
-_BLOCK_ELEMENTS = 1 << 16
-"""Quantised at a time by a thread: what it works on stays in its cache."""
-_SECONDS_PER_GB = {"int4": 12.0, "int8": 3.0}
-"""CPU seconds for 10^9 weights."""
+_BLOCK_ELEMENTS = 1 << 19
+"""Quantised at a time by a thread. With fewer, NumPy's calls are so short that two threads wait for the interpreter's lock: 2^16 in
+each of two took as long as in one, 2^19 half as long."""
+_SECONDS = {"int4": 12.0, "int8": 5.0}
+"""Wall time for 10^9 weights on two cores: docs/quantization.md."""
 _REPORT = "export again; if that does not help, report it with the output of `llama-export env`"
 
 
@@ -226,7 +228,7 @@ def _check_disk(bundle: Bundle, plan: Plan, ignore: bool, log: Callable[[str], N
     Raises:
         ToolchainError: the disk cannot hold the data file, and ``ignore`` is off.
     """
-    seconds = 0.5 + _SECONDS_PER_GB[plan.kind] * plan.weights / 1e9
+    seconds = 0.5 + _SECONDS[plan.kind] * plan.weights / 1e9
     line = f"quantize: about {seconds:.0f} s, {plan.nbytes / 1e6:,.1f} MB to write"
     free = free_disk(bundle.folder)
     if free is None or plan.nbytes <= free:

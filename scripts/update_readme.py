@@ -35,7 +35,7 @@ def newest_figures() -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted((ROOT / "benchmarks/results/decode-speed").glob("*.json")):
         found[path.stem.rsplit("-", 1)[1]] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return dict(sorted(found.items(), key=lambda item: item[1]["num_parameters"]))
 
 
 def figures_table(figures: dict[str, dict[str, Any]]) -> str:

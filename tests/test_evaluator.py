@@ -14,7 +14,7 @@ import oracles
 import pytest
 import torch
 from conftest import TINY
-from group_query_attention import reference_evaluator
+from onnxruntime_operators import reference_evaluator
 
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.config import ExportConfig

@@ -57,7 +57,7 @@ def _one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A random model in which every matrix has a say, with both variants; copied, never modified."""
     folder = tmp_path_factory.mktemp("quantized") / "checkpoint"
-    write_random_checkpoint(folder, TINY, lively=True, seed=3)
+    write_random_checkpoint(folder, {**TINY, "intermediate_size": 300}, lively=True, seed=3)
     export_checkpoint(folder)
     for kind in VARIANTS:
         quantize_bundle(load_bundle(folder), kind)
@@ -571,6 +571,32 @@ def test_export_quantises_at_its_end(make_checkpoint: MakeCheckpoint, tmp_path: 
     data = json.loads(capsys.readouterr().out)
     assert [item["type"] for item in data["quantized"]] == ["int8", "int4"]
     assert load_bundle(out).variants == VARIANTS
+
+
+# ---- what is measured and written down --------------------------------------------------------------------------
+
+
+def test_the_document_holds_the_measured_tables_and_the_scheme_that_is_shipped() -> None:
+    """Tables are made from the results beside them; `--write` of the two benchmarks makes both anew."""
+    import perplexity as quality
+    import quantization as speed
+
+    text = speed.DOCUMENT.read_text(encoding="utf-8")
+    data = {name: json.loads((speed.RESULTS / f"{name}.json").read_text()) for name in ("perplexity", "decode", "cost")}
+    tables = {
+        "decode": speed.table(data["decode"]["tokens_per_second"]),
+        "cost": speed.cost_table(data["cost"]["rows"]),
+    }
+    for what in ("shipped", "roundings"):
+        rows = {name: quality.Quality(**row) for name, row in data["perplexity"][what].items()}
+        tables[what] = quality.table(rows, sizes=what == "shipped")
+    for name, lines in tables.items():
+        section = text.split(f"<!-- {name}: begin -->\n")[1].split(f"\n<!-- {name}: end -->")[0]
+        assert section.splitlines() == lines, f"{name}: run the benchmark with --write"
+    shipped = [name for name in data["perplexity"]["shipped"] if name.endswith("as shipped")]
+    assert shipped == [f"{kind}, blocks of {SCHEMES[kind].block_size}, as shipped" for kind in ("int8", "int4")]
+    assert f"| blocks along a row | {SCHEMES['int4'].block_size} weights" in text
+    assert f"| {SCHEMES['int8'].block_size} weights: a float32 scale |" in text
 
 
 # ---- parity -----------------------------------------------------------------------------------------------------

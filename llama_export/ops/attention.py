@@ -165,11 +165,12 @@ _ATTEND_BY_MASK = """
 """
 # onnxruntime's own operator for all of it: it appends in place where past and present are one buffer, reads the valid
 # tokens only, whatever the capacity, and shares a key head among its query heads. It takes B > 1 with S > 1 for empty
-# rows only (runtime/session.py). ``last`` counts a row's tokens from 0, ``longest`` is the longest row's number of tokens.
+# rows only (runtime/session.py). ``last`` counts a row's tokens from 0, ``longest`` is the longest row's number of tokens. S is read
+# from cos, which all layers share: onnxruntime then computes the lengths once, not in every layer.
 _BY_ONNXRUNTIME = """
   axis_0 = Constant <value_ints: ints = [0]> ()
   one_1d = Constant <value_ints: ints = [1]> ()
-  new_tokens = Shape <start: int = 1, end: int = 2> (query)
+  new_tokens = Shape <start: int = 1, end: int = 2> (cos)
   total_length = Add (past_length, new_tokens)
   last_int64 = Sub (total_length, one_1d)
   last = Cast <to: int = 6> (last_int64)

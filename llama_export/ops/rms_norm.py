@@ -45,6 +45,11 @@ def add_rms_norm_fake(hidden_states: Tensor, residual: Tensor, weight: Tensor, e
 
 _EPSILON = AttributeSpec("epsilon", "float", "added to the mean of squares, inside the root")
 _NORM = "normed = RMSNormalization <axis: int = -1, stash_type: int = 1, epsilon: float = @epsilon> ({x}, weight)"
+# onnxruntime's own operator for both, in one pass; the outputs between are for training.
+_ADD_NORM_BY_ONNXRUNTIME = """
+  normed, mean, inverse_root, new_residual =
+      com.microsoft.SkipSimplifiedLayerNormalization <epsilon: float = @epsilon> (hidden_states, residual, weight)
+"""
 _ADD_NORM = "new_residual = Add (hidden_states, residual)\n" + _NORM.format(x="new_residual")
 
 RMS_NORM = OpSpec(
@@ -72,5 +77,5 @@ ADD_RMS_NORM = OpSpec(
     attributes=(_EPSILON,),
     eager=add_rms_norm_eager,
     fake=add_rms_norm_fake,
-    bodies={"standard": _ADD_NORM, "onnxruntime": _ADD_NORM},
+    bodies={"standard": _ADD_NORM, "onnxruntime": _ADD_NORM_BY_ONNXRUNTIME},
 )

@@ -33,7 +33,7 @@ from llama_export.errors import ExportError
 from llama_export.model.loading import read_tensor
 from llama_export.ops import DOMAIN, OP_SPECS
 from llama_export.ops.attention import merge_heads, rotate, split_heads
-from llama_export.ops.rms_norm import rms_norm_eager
+from llama_export.ops.rms_norm import add_rms_norm_eager, rms_norm_eager
 from llama_export.parity.lockstep import Step, lockstep
 
 CustomOps = Literal["eager", "bodies"] | Mapping[str, Callable[..., Any]]
@@ -518,6 +518,15 @@ def _attention(
     return (weights @ value.to(wide).unsqueeze(2)).reshape(B, H, S, -1).to(query.dtype)
 
 
+def _skip_simplified_layer_normalization(
+    data: Tensor, skip: Tensor, gamma: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[.., E] twice, [E] -> the normed sum, two outputs that nobody reads, the sum."""
+    normed, total = add_rms_norm_eager(data, skip, gamma, epsilon)
+    unread = data.new_zeros(0)
+    return normed, unread, unread, total
+
+
 def _group_query_attention(
     query: Tensor,
     key: Tensor,
@@ -664,5 +673,8 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Unsqueeze": _unsqueeze,
     "Where": _where,
 }
-_ONNXRUNTIME_OPERATORS: dict[str, Callable[..., Any]] = {"GroupQueryAttention": _group_query_attention}
+_ONNXRUNTIME_OPERATORS: dict[str, Callable[..., Any]] = {
+    "GroupQueryAttention": _group_query_attention,
+    "SkipSimplifiedLayerNormalization": _skip_simplified_layer_normalization,
+}
 """Domain ``com.microsoft``."""

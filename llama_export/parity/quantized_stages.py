@@ -316,9 +316,9 @@ def _decode(x: _Variant) -> Stage:
 
 
 def _text(x: _Variant) -> Stage:
-    v = x.v
+    v, text = x.v, x.v.text
     oracle = [log_softmax(window) for window in x.text_windows("exact")]
-    found, noise = (score(windows, oracle, v.text) for windows in (x.shipped_windows(), x.text_windows("rounded")))
+    found, noise = (score(windows, oracle, text) for windows in (x.shipped_windows(), x.text_windows("rounded")))
     stage = judge_text(
         f"quantized-{x.kind}/text", found, noise, v, dtype="int8", how=f"with {x.kind} weights on onnxruntime"
     )

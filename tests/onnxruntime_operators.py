@@ -1,6 +1,6 @@
-"""onnxruntime's ``GroupQueryAttention`` for ``onnx.reference``, in loops: what its documentation says, nothing of ours.
+"""onnxruntime's own operators for ``onnx.reference``, in loops: what their documentation says, nothing of ours.
 
-Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GroupQueryAttention
+Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
 from __future__ import annotations
@@ -40,6 +40,17 @@ class GroupQueryAttention(OpRun):
         return output, present_key, present_value
 
 
+class SkipSimplifiedLayerNormalization(OpRun):
+    """Sum, then root-mean-square normalisation over the last axis."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, data, skip, gamma, epsilon):  # type: ignore[no-untyped-def]
+        total = data + skip
+        root = np.sqrt((total * total).mean(-1, keepdims=True) + np.asarray(epsilon, data.dtype))
+        return total / root * gamma, np.zeros(0, data.dtype), np.zeros(0, data.dtype), total
+
+
 def reference_evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
     """The ``onnx`` package's evaluator; its operators from outside do not reach into functions, so these are inlined."""
     inlined = onnx.inliner.inline_local_functions(model)
@@ -48,4 +59,4 @@ def reference_evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
     }
     del inlined.opset_import[:]
     inlined.opset_import.extend(imports.values())  # the inliner forgets those of the functions
-    return ReferenceEvaluator(inlined, new_ops=[GroupQueryAttention])
+    return ReferenceEvaluator(inlined, new_ops=[GroupQueryAttention, SkipSimplifiedLayerNormalization])
