@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import socket
 import stat
 import tracemalloc
@@ -198,3 +199,8 @@ def write_index(checkpoint: Path, weight_map: object, total: int = 0) -> None:
     """``model.safetensors.index.json`` with any map."""
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def heed_ctrl_c() -> None:
+    """For ``preexec_fn``: a job in the background of a script ignores SIGINT, and so would every program that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

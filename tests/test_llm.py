@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import check_refused
+from support import check_refused, heed_ctrl_c
 from test_generation import DYNAMIC, FakeSession, Script, byte_codec, expected_tokens, prompts_of
 
 import llama_export
@@ -471,8 +471,9 @@ def test_ctrl_c_keeps_the_text_so_far(talking: Path) -> None:
     """The first piece is out, then the terminal's signal comes: text, end of line, 130."""
     command = [sys.executable, "-m", "llama_export", "run", str(talking), "--prompt", "def ", "--ignore-eos"]
     with subprocess.Popen(
-        [*command, "--max-new-tokens", "500"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0
-    ) as process:
+        [*command, "--max-new-tokens", "500"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0,
+        preexec_fn=heed_ctrl_c,
+    ) as process:  # fmt: skip
         assert process.stdout is not None
         begin = process.stdout.read(8)
         process.send_signal(signal.SIGINT)

@@ -25,6 +25,7 @@ DOCUMENTS = [
     "docs/parity.md",
     "docs/onnx.md",
     "docs/architecture.md",
+    "docs/quantization.md",
 ]
 
 

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support import heed_ctrl_c
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llama_export.bundle import Bundle
@@ -558,7 +559,7 @@ class Terminal:
         self._end, theirs = pty.openpty()
         env = {**os.environ, "TERM": "xterm", **environment}
         self.process = subprocess.Popen(
-            argv, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
+            argv, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True, preexec_fn=heed_ctrl_c
         )
         os.close(theirs)
         self.text = ""
