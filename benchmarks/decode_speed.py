@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +47,13 @@ from exporters import (
     version,
     write_tokenizer,
 )
-from processes import log, machine
+from processes import in_fresh_process, log, machine
 from random_llama import write_random_checkpoint
 
+from llama_export._process import resident_bytes
 from llama_export.checkpoint import load_checkpoint
 from llama_export.config import LlamaConfig
-from llama_export.runtime.bench import read_bandwidth, resident_bytes
+from llama_export.runtime.bench import cache_bytes, read_bandwidth, step_bytes
 
 SCHEMA_VERSION = 2
 MODEL: dict[str, object] = {
@@ -430,18 +429,15 @@ def prepare_checkpoint(work: Path, model: str = "125m") -> Path:
 # --- Decode speed ----------------------------------------------------------------------------------------------------
 
 
-def _serve(name: str, checkpoint: Path, work: Path, workload: Workload, connection: Connection) -> None:
-    """In a process of its own: loads one engine, warms it up, and sends the Run it then makes, or why there is none."""
-    try:
-        engine = make_engine(name)
-        engine.load(checkpoint, work, workload)
-        engine.generate(workload)
-        before = time.process_time()
-        run = engine.generate(workload)
-        cpu_seconds = time.process_time() - before
-        connection.send(replace(run, cpu_seconds=cpu_seconds, resident_gb=(resident_bytes() or 0) / 1e9))
-    except Exception as err:  # noqa: BLE001 - a peer may raise anything; the parent reports it
-        connection.send(f"{type(err).__name__}: {err}")
+def _serve(name: str, checkpoint: Path, work: Path, workload: Workload) -> Run:
+    """Loads one engine, warms it up, and makes a run."""
+    engine = make_engine(name)
+    engine.load(checkpoint, work, workload)
+    engine.generate(workload)
+    before = time.process_time()
+    run = engine.generate(workload)
+    cpu_seconds = time.process_time() - before
+    return replace(run, cpu_seconds=cpu_seconds, resident_gb=(resident_bytes() or 0) / 1e9)
 
 
 def run_engine(name: str, checkpoint: Path, work: Path, workload: Workload) -> Run:
@@ -453,19 +449,7 @@ def run_engine(name: str, checkpoint: Path, work: Path, workload: Workload) -> R
     Raises:
         RuntimeError: the engine failed; with its reason.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(name, checkpoint, work, workload, theirs))
-    process.start()
-    theirs.close()
-    try:
-        result = ours.recv()
-    except EOFError:
-        result = None
-    process.join()
-    if not isinstance(result, Run):
-        raise RuntimeError(result or f"the process ended with exit code {process.exitcode}")
-    return result
+    return in_fresh_process(_serve, (name, checkpoint, work, workload), Run)
 
 
 def measure_decode(
@@ -539,9 +523,7 @@ def summarize(results: Mapping[str, Any], bandwidth: Sequence[float], config: Ll
             "runs": [asdict(run) for run in runs],
         }
         if precision == "float32":
-            shares = [
-                speed * 4 * weights_read(config) / 1e9 / rate for speed, rate in zip(speeds, bandwidth, strict=True)
-            ]
+            shares = [speed * step_bytes(config, 0) / 1e9 / rate for speed, rate in zip(speeds, bandwidth, strict=True)]
             entry["bandwidth_share"] = round(statistics.median(shares), 3)
         own = results.get(own_engine(name), {}).get("runs")
         if own is not None:
@@ -557,12 +539,6 @@ def summarize(results: Mapping[str, Any], bandwidth: Sequence[float], config: Ll
                 entry["same_prefix"] = entry["same_leading_tokens"] >= min(PREFIX_TOKENS, len(own[0].tokens))
         summary[name] = entry
     return summary
-
-
-def weights_read(config: LlamaConfig) -> int:
-    """Weights that one decode step reads: all, of an embedding that is not the output matrix too one row only."""
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return int(config.num_parameters) - embedding
 
 
 def findings(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -679,7 +655,6 @@ def main() -> int:
     # A random model's positions are as good beyond its trained length, which for the small one is below 8192.
     long_enough = int(str(config["max_position_embeddings"])) >= 8192
     parsed = load_checkpoint(checkpoint).config
-    cache_bytes = 2 * 4 * parsed.num_hidden_layers * parsed.num_key_value_heads * parsed.head_dim * capacity
     packages = dict.fromkeys(item for kind, _ in ENGINES.values() for item in kind.distributions)
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -693,7 +668,7 @@ def main() -> int:
             "runs": args.runs, "batch_size": 1,
         },
         "read_bandwidth_gb_per_second": _spread(bandwidth, 1),
-        "weights_and_cache_gb": round((4 * parsed.num_parameters + cache_bytes) / 1e9, 3),
+        "weights_and_cache_gb": round((4 * parsed.num_parameters + cache_bytes(parsed, capacity)) / 1e9, 3),
         "decode": summarize({name: results[name] for name in names}, bandwidth, parsed),
         "capacities": measure_capacities(own, checkpoint, work, workload, args.runs) if long_enough else {},
     }  # fmt: skip

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 _LAUNCHER = """
 import json, os, subprocess, sys, time
@@ -92,6 +94,37 @@ def measure_process(command: Sequence[str]) -> dict[str, float]:
         said = (process.stderr.strip() or process.stdout.strip())[-400:]
         raise RuntimeError(f"exit code {process.exit_code}: {said}")
     return process.cost
+
+
+Result = TypeVar("Result")
+
+
+def in_fresh_process(function: Callable[..., Result], arguments: tuple[Any, ...], kind: type[Result]) -> Result:
+    """What a function of a module gives in a new process, of which it has the memory and the thread pools to itself.
+
+    Raises:
+        RuntimeError: it failed; with its reason.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(function, arguments, theirs))
+    process.start()
+    theirs.close()
+    try:
+        result = ours.recv()
+    except EOFError:
+        result = None
+    process.join()
+    if not isinstance(result, kind):
+        raise RuntimeError(result or f"the process ended with exit code {process.exitcode}")
+    return result
+
+
+def _send_result(function: Callable[..., Any], arguments: tuple[Any, ...], connection: Connection) -> None:
+    try:
+        connection.send(function(*arguments))
+    except Exception as err:  # noqa: BLE001 - a peer may raise anything; the parent reports it
+        connection.send(f"{type(err).__name__}: {err}")
 
 
 def machine() -> dict[str, Any]:

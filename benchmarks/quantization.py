@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import time
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ import onnx
 
 sys.path.insert(0, str(Path(__file__).parent))
 from decode_speed import prepare_checkpoint
-from processes import log, machine, measure_process
+from processes import in_fresh_process, log, machine, measure_process
 from random_llama import write_random_checkpoint
 
 from llama_export.bundle import load_bundle
@@ -134,13 +132,10 @@ def products_alone(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
-def _serve(folder: Path, way: Way, threads: int, matrices: bool, connection: Connection) -> None:
-    """In a process of its own: sends tokens a second, or why there are none."""
-    try:
-        session = open_way(folder, way, threads, matrices=matrices)
-        connection.send(_time_matrices(session) if matrices else _time_decode(session, folder))
-    except Exception as err:  # noqa: BLE001 - the parent reports it
-        connection.send(f"{type(err).__name__}: {err}")
+def _serve(folder: Path, way: Way, threads: int, matrices: bool) -> float:
+    """Tokens a second."""
+    session = open_way(folder, way, threads, matrices=matrices)
+    return _time_matrices(session) if matrices else _time_decode(session, folder)
 
 
 def _time_decode(session: Any, folder: Path) -> float:
@@ -174,19 +169,7 @@ def run_way(folder: Path, way: Way, threads: int, *, matrices: bool) -> float:
     Raises:
         RuntimeError: it failed; with its reason.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(folder, way, threads, matrices, theirs))
-    process.start()
-    theirs.close()
-    try:
-        result = ours.recv()
-    except EOFError:
-        result = None
-    process.join()
-    if not isinstance(result, float):
-        raise RuntimeError(result or f"the process ended with exit code {process.exitcode}")
-    return result
+    return in_fresh_process(_serve, (folder, way, threads, matrices), float)
 
 
 def foreign_seconds() -> float:

@@ -27,8 +27,8 @@ from typing import Any
 from processes import log, machine
 
 import llama_export
+from llama_export._process import resident_bytes
 from llama_export.errors import ShapeError
-from llama_export.runtime.bench import resident_bytes
 from llama_export.runtime.sampling import SamplingParams
 
 MAY_GROW = 4 << 20

@@ -80,6 +80,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def is_unicode(text: str) -> bool:
+    """False if it holds lone surrogates, which UTF-8 has not: half of a character, or a byte of the command line that is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_plain_name(name: str) -> bool:
     """A file's name and nothing else: no path, no ``..``, nothing a terminal or a file system would read as more."""
     return Path(name).name == name and name not in ("", ".", "..") and "\\" not in name and name.isprintable()

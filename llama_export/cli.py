@@ -293,12 +293,13 @@ def run(
 
     Text goes to stdout as it is generated; of several prompts, when all are done.
     """
+    from llama_export._files import is_unicode
     from llama_export.bundle import load_bundle
 
     if bool(prompts) == (tokens is not None):
         raise click.UsageError("give either --prompt TEXT or --tokens 1,2,3")
     for flag, text in (*(("--prompt", prompt) for prompt in prompts), ("--context", context)):
-        if text is not None and not _is_unicode(text):
+        if text is not None and not is_unicode(text):
             raise ConfigError(
                 f"{flag} is not UTF-8 text", details={"got": ascii(text)}, hint="check the terminal's encoding"
             )
@@ -414,15 +415,6 @@ def _logprobs(one: Completion) -> list[dict[str, Any]]:
         }
         for at in one.logprobs or ()
     ]  # fmt: skip
-
-
-def _is_unicode(text: str) -> bool:
-    """False if it holds bytes of the command line that are not UTF-8, which Python keeps as lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _capacity(prompt: int, new_tokens: int, limit: int) -> int:

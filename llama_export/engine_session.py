@@ -45,14 +45,7 @@ from llama_export.engine_weights import bundle_tensors
 from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError, ToolchainError
 from llama_export.graph_io import INTERFACES
 from llama_export.kv_cache import cache_names, cache_shape
-from llama_export.runtime.session import (
-    Float32Array,
-    Int64Array,
-    checked_rewind,
-    checked_rows,
-    checked_step,
-    checked_texts,
-)
+from llama_export.runtime.session import CacheRows, Float32Array, Int64Array, checked_step, checked_texts
 
 __all__ = ["EngineHeadSession", "EngineSession", "execution_blocker"]
 
@@ -268,7 +261,7 @@ class LoadedEngine:
             )
 
 
-class EngineSession:
+class EngineSession(CacheRows):
     """Runs an engine of the causal LM over a cache that stays on the GPU.
 
     Same interface as :class:`llama_export.runtime.session.OnnxRuntimeSession`. Every cache is one zeroed buffer, bound
@@ -299,11 +292,6 @@ class EngineSession:
         self._zeroed_rows = 0
         self.reset(batch_size)
 
-    @property
-    def batch_size(self) -> int:
-        """B, rows in use."""
-        return len(self.past_length)
-
     def reset(self, batch_size: int | None = None) -> None:
         """Forgets all tokens, and may change the number of rows. Old entries stay in the buffers, finite and never seen.
 
@@ -317,30 +305,12 @@ class EngineSession:
                 nbytes = rows * self._row_bytes
                 self._loaded.call("cudaMemset", self._loaded.address(past, nbytes), 0, nbytes)
             self._zeroed_rows = rows
-        self.past_length: Int64Array = np.zeros(rows, np.int64)
-        """[B], valid tokens in each row of the cache."""
+        self.past_length = np.zeros(rows, np.int64)
 
-    def rewind(self, past_length: Sequence[int]) -> None:
-        """Forgets what follows the first ``past_length[b]`` tokens of each row b.
-
-        Raises:
-            ShapeError: another number of rows, or more tokens than a row holds.
-        """
-        self.past_length = checked_rewind(past_length, self.past_length)
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Makes row ``rows[i]`` the new row i, moved on the GPU; what is not named is forgotten.
-
-        Raises:
-            ShapeError: no row, one that is not there, or rows that are not in ascending order.
-        """
-        checked_rows(rows, self.batch_size)
-        for past, _ in self._names:
+    def _move_row(self, new: int, old: int, length: int) -> None:
+        for past, _ in self._names:  # a row is strided by head: it moves as a whole, on the GPU
             begin = self._loaded.address(past, self._row_bytes)
-            for new, old in enumerate(rows):  # new <= old: nothing is overwritten before it is moved
-                if new != old:
-                    self._loaded.move(begin + new * self._row_bytes, begin + old * self._row_bytes, self._row_bytes)
-        self.past_length = self.past_length[list(rows)]
+            self._loaded.move(begin + new * self._row_bytes, begin + old * self._row_bytes, self._row_bytes)
 
     def step(
         self,

@@ -30,10 +30,11 @@ from torch import Tensor
 
 from llama_export.bundle import json_bytes, write_error
 from llama_export.config import load_json_object
-from llama_export.errors import ConfigError, MissingDependencyError, ToolchainError
+from llama_export.errors import ConfigError, ToolchainError
 from llama_export.parity.evaluator import CustomOps, GraphEvaluator
 from llama_export.parity.judge import NotRun, custom_kernels
 from llama_export.parity.metrics import Difference, difference
+from llama_export.parity.sessions import graph_from_proto
 from llama_export.parity.tensors import to_numpy
 
 SCHEMA_VERSION = 1
@@ -139,29 +140,13 @@ class SegmentRunner:
                 model, folder=folder, dtype=dtype, custom_ops=custom_ops, convert_inputs=False
             ).run
         else:
-            self.run = partial(_run_onnxruntime, _onnxruntime_session(model, folder))
+            self.run = partial(_run_onnxruntime, graph_from_proto(model, folder, "the operation").session)
 
 
 def _run_onnxruntime(session: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = [value.name for value in session.get_outputs()]
     feeds = {name: to_numpy(tensor) for name, tensor in inputs.items()}
     return dict(zip(names, map(torch.from_numpy, session.run(names, feeds)), strict=True))
-
-
-def _onnxruntime_session(model: onnx.ModelProto, folder: Path) -> Any:
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as err:
-        raise MissingDependencyError("onnxruntime", "cpu") from err
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as err:
-        raise ToolchainError(
-            "onnxruntime cannot open the operation", details={"reason": err}, hint="see `llama-export env`"
-        ) from err
 
 
 # ---- on disk -----------------------------------------------------------------------------------------------------

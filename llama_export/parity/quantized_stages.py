@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_export.bundle import Bundle
-from llama_export.errors import MissingDependencyError, ToolchainError
+from llama_export.errors import MissingDependencyError
 from llama_export.parity.judge import NOISE_L2, NOISE_MAX, Measured, judge_noise
 from llama_export.parity.metrics import difference
 from llama_export.parity.result import Stage, Tolerance
@@ -44,7 +44,7 @@ try:
     from llama_export.parity.calls import Answers, Run, cache_pairs, carried, collected, graph_inputs, logits_pairs
     from llama_export.parity.lockstep import Step
     from llama_export.parity.program import ReferenceProgram
-    from llama_export.parity.sessions import answers
+    from llama_export.parity.sessions import answers, graph_from_proto
     from llama_export.parity.stages import CausalValidator
     from llama_export.parity.tensors import to_numpy
     from llama_export.parity.text_stages import Scores, judge_text, kl_terms, log_softmax, perplexity, score
@@ -263,28 +263,12 @@ def float32_graph(bundle: Bundle, kind: str) -> OpenGraph:
     Raises:
         MissingDependencyError: no onnxruntime. ToolchainError: onnxruntime cannot open it.
     """
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as err:
-        raise MissingDependencyError("onnxruntime", "cpu") from err
-    path = bundle.variant_path(kind)
-    model = onnx.load(str(path), load_external_data=False)
+    model = onnx.load(str(bundle.variant_path(kind)), load_external_data=False)
     for node in model.graph.node:
         for item in node.attribute:
             if node.op_type == "MatMulNBits" and item.name == "accuracy_level":
                 item.i = FLOAT32_LEVEL
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
-    try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as err:
-        raise ToolchainError(
-            "onnxruntime cannot open this variant",
-            details={"file": path, "onnxruntime": onnxruntime.__version__, "reason": err},
-            hint="see the supported versions in pyproject.toml, extra `cpu`",
-        ) from err
-    return OpenGraph(onnxruntime, session, None)
+    return graph_from_proto(model, bundle.folder, f"the {kind} weights")
 
 
 def _packing(x: _Variant) -> Stage:

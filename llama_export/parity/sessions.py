@@ -6,19 +6,23 @@ So one stage, written once, compares any two of them: prefill, chunks and decode
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from llama_export.config import LlamaConfig
+from llama_export.errors import MissingDependencyError, ToolchainError
 from llama_export.kv_cache import cache_names, cache_shape
 from llama_export.model import LlamaForCausalLM
 from llama_export.parity.calls import Answers, Call
 from llama_export.parity.evaluator import GraphEvaluator
 from llama_export.parity.tensors import to_numpy
+from llama_export.runtime.session import OpenGraph
 
 Array = NDArray[Any]
 
@@ -136,6 +140,33 @@ class TransformersSession:
         _, layer, part = name.split(".")
         entry = self._cache.layers[int(layer)]
         return to_numpy(entry.keys if part == "key" else entry.values)
+
+
+def graph_from_proto(model: onnx.ModelProto, folder: Path, what: str) -> OpenGraph:
+    """A graph in memory, opened by onnxruntime on the CPU.
+
+    Args:
+        model: its weights may lie in files.
+        folder: where these are.
+        what: it is, for the error.
+
+    Raises:
+        MissingDependencyError: no onnxruntime. ToolchainError: onnxruntime cannot open it.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as err:
+        raise MissingDependencyError("onnxruntime", "cpu") from err
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as err:
+        raise ToolchainError(
+            f"onnxruntime cannot open {what}", details={"reason": err}, hint="see `llama-export env`"
+        ) from err
+    return OpenGraph(onnxruntime, session, None)
 
 
 def answers(session: Session, calls: Sequence[Call], names: Sequence[str]) -> Answers:

@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llama_export._process import peak_rss_bytes
+from llama_export._process import peak_rss_bytes, resident_bytes
 from llama_export.bundle import Bundle
+from llama_export.config import LlamaConfig
+from llama_export.kv_cache import cache_shape
 from llama_export.runtime.generation import generate_steps
 from llama_export.runtime.protocol import CacheSession
 from llama_export.runtime.sampling import SamplingParams
@@ -120,7 +121,9 @@ def bench_bundle(
     del firsts[0], steps[0]
     each = sorted(step for run in steps for step in run)
     used_threads = threads or os.cpu_count() or 1
+    resident = resident_bytes()
     on_cpu = session.backend == "onnxruntime-cpu"
+    quantized = None if quantize is None else int(bundle.manifest["quantized"][quantize]["data_size"])
     return BenchResult(
         backend=session.backend, quantize=quantize, threads=used_threads, prompt_tokens=prompt_tokens,
         new_tokens=new_tokens, runs=runs, kv_cache_capacity=session.capacity, load_seconds=load_seconds,
@@ -128,26 +131,30 @@ def bench_bundle(
         prefill_tokens_per_second=Spread.of([prompt_tokens / first for first in firsts]),
         decode_tokens_per_second=Spread.of([len(run) / sum(run) for run in steps]),
         token_seconds_p50=_percentile(each, 0.5), token_seconds_p99=_percentile(each, 0.99),
-        resident_bytes=resident_bytes(), peak_rss_bytes=peak_rss_bytes(),
-        step_bytes=weight_bytes_per_step(bundle, quantize) + _cache_bytes(bundle, prompt_tokens + new_tokens // 2) if on_cpu else None,
+        resident_bytes=resident, peak_rss_bytes=max(peak_rss_bytes(), resident or 0),  # the kernel counts the two apart
+        step_bytes=step_bytes(bundle.config, prompt_tokens + new_tokens // 2, quantized) if on_cpu else None,
         read_bytes_per_second=read_bandwidth(used_threads) if on_cpu else None,
     )  # fmt: skip
 
 
-def weight_bytes_per_step(bundle: Bundle, quantize: str | None = None) -> int:
-    """Bytes of weights that a decode step of a CPU session reads: all of them, but of an embedding one row, unless it is
-    the output matrix too."""
-    if quantize is not None:
-        return int(bundle.manifest["quantized"][quantize]["data_size"])
-    config = bundle.config
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return 4 * (config.num_parameters - embedding)
+def step_bytes(config: LlamaConfig, length: int, weight_bytes: int | None = None) -> int:
+    """Bytes that a decode step of a CPU session reads after ``length`` tokens: cache and weights, each once.
+
+    Args:
+        config: of the model.
+        length: tokens in the cache.
+        weight_bytes: of quantised weights; None: float32, all of them, but of an embedding one row, unless it is the output
+            matrix too.
+    """
+    if weight_bytes is None:
+        embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        weight_bytes = 4 * (config.num_parameters - embedding)
+    return weight_bytes + cache_bytes(config, length)
 
 
-def _cache_bytes(bundle: Bundle, length: int) -> int:
-    """Of the first ``length`` tokens of one row, float32."""
-    config = bundle.config
-    return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length
+def cache_bytes(config: LlamaConfig, length: int) -> int:
+    """Of one row of ``length`` tokens, float32."""
+    return 4 * 2 * config.num_hidden_layers * math.prod(cache_shape(config, 1, length))
 
 
 def read_bandwidth(threads: int, seconds: float = 1.0) -> float:
@@ -164,15 +171,6 @@ def read_bandwidth(threads: int, seconds: float = 1.0) -> float:
             worker.join()
         best = max(best, array.nbytes / (time.perf_counter() - start))
     return best
-
-
-def resident_bytes() -> int | None:
-    """What this process holds of the memory now; None where the system does not tell (not Linux)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _percentile(ordered: Sequence[float], share: float) -> float:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_export._files import is_unicode
 from llama_export.errors import ConfigError, ToolchainError
 
 Logits = NDArray[np.floating[Any]]
@@ -104,7 +105,7 @@ class SamplingParams:
         _check(valid, "logit_bias", self.logit_bias, "token id -> number")
         seed = self.seed
         _check(seed is None or (_is_int(seed) and 0 <= seed < 2**64), "seed", seed, "an integer, 0..2^64 - 1, or None")
-        valid = isinstance(self.stop, tuple) and all(isinstance(text, str) and _is_unicode(text) for text in self.stop)
+        valid = isinstance(self.stop, tuple) and all(isinstance(text, str) and is_unicode(text) for text in self.stop)
         _check(valid and all(self.stop), "stop", self.stop, "texts of at least one character")
         valid = isinstance(self.stop_token_ids, tuple) and all(
             _is_int(token) and token >= 0 for token in self.stop_token_ids
@@ -348,8 +349,3 @@ def _is_int(value: object) -> bool:
 def _is_number(value: object) -> bool:
     """A finite number; an integer beyond the largest float is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_unicode(text: str) -> bool:
-    """No lone surrogates: no tokenizer makes them, and UTF-8 has none."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)

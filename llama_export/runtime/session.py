@@ -8,6 +8,7 @@ then writes S tokens into it, copies nothing, and reads the valid tokens only, w
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,58 @@ Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
 
 
-class OnnxRuntimeSession:
+class CacheRows(ABC):
+    """The rows of a session's cache: how many there are, and the tokens that each holds."""
+
+    past_length: Int64Array
+    """[B], valid tokens in each row of the cache."""
+
+    @property
+    def batch_size(self) -> int:
+        """B, rows in use."""
+        return len(self.past_length)
+
+    def rewind(self, past_length: Sequence[int]) -> None:
+        """Forgets what follows the first ``past_length[b]`` tokens of each row b.
+
+        Raises:
+            ShapeError: another number of rows, or more tokens than a row holds.
+        """
+        wanted: Int64Array = np.array(past_length, np.int64)
+        if wanted.shape != self.past_length.shape or (wanted < 0).any() or (wanted > self.past_length).any():
+            raise ShapeError(
+                "a cache can only be rewound to tokens that it holds",
+                details={"got": wanted.tolist(), "expected": f"at most {self.past_length.tolist()}"},
+                hint="one length per row",
+            )
+        self.past_length = wanted
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Makes row ``rows[i]`` the new row i; what is not named is forgotten.
+
+        Raises:
+            ShapeError: no row, one that is not there, or rows that are not in ascending order.
+        """
+        if not rows or list(rows) != sorted({*rows} & {*range(self.batch_size)}):
+            raise ShapeError(
+                "these rows cannot be kept",
+                details={
+                    "got": list(rows),
+                    "expected": f"at least one of 0..{self.batch_size - 1}, in ascending order",
+                },
+                hint="name each row of the batch that goes on",
+            )
+        for new, old in enumerate(rows):  # new <= old: nothing is overwritten before it is moved
+            if new != old:
+                self._move_row(new, old, int(self.past_length[old]))
+        self.past_length = self.past_length[list(rows)]
+
+    @abstractmethod
+    def _move_row(self, new: int, old: int, length: int) -> None:
+        """Copies the first ``length`` tokens of row ``old`` to row ``new`` in every cache tensor."""
+
+
+class OnnxRuntimeSession(CacheRows):
     """Runs a bundle on the CPU, batch and capacity fixed when it is made.
 
     Args:
@@ -86,13 +138,7 @@ class OnnxRuntimeSession:
         shape = cache_shape(self.config, rows, self.capacity)
         self.cache = {past: np.zeros(shape, np.float32) for past, _ in self._names}
         self._bound = slice(0, 0)
-        self.past_length: Int64Array = np.zeros(rows, np.int64)
-        """[B], valid tokens in each row of the cache."""
-
-    @property
-    def batch_size(self) -> int:
-        """B, rows in use."""
-        return len(self.past_length)
+        self.past_length = np.zeros(rows, np.int64)
 
     def reset(self, batch_size: int | None = None) -> None:
         """Forgets all tokens, and may change the number of rows. Old entries stay in the buffers, finite and never seen.
@@ -112,27 +158,9 @@ class OnnxRuntimeSession:
         else:
             self.past_length = np.zeros(rows, np.int64)
 
-    def rewind(self, past_length: Sequence[int]) -> None:
-        """Forgets what follows the first ``past_length[b]`` tokens of each row b.
-
-        Raises:
-            ShapeError: another number of rows, or more tokens than a row holds.
-        """
-        self.past_length = checked_rewind(past_length, self.past_length)
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Makes row ``rows[i]`` the new row i; what is not named is forgotten.
-
-        Raises:
-            ShapeError: no row, one that is not there, or rows that are not in ascending order.
-        """
-        checked_rows(rows, self.batch_size)
-        self.past_length = self.past_length[list(rows)]
-        for new, old in enumerate(rows):  # new <= old: nothing is overwritten before it is moved
-            if new != old:
-                used = int(self.past_length[new])
-                for array in self.cache.values():
-                    array[new, :, :used] = array[old, :, :used]
+    def _move_row(self, new: int, old: int, length: int) -> None:
+        for array in self.cache.values():
+            array[new, :, :length] = array[old, :, :length]
 
     def step(
         self,
@@ -275,36 +303,6 @@ def checked_step(
             hint="logits_index names positions within input_ids, not within the cache",
         )
     return ids, lengths, index
-
-
-def checked_rewind(past_length: Sequence[int], current: Int64Array) -> Int64Array:
-    """The lengths to go back to.
-
-    Raises:
-        ShapeError: another number of rows, or more tokens than a row holds.
-    """
-    wanted: Int64Array = np.array(past_length, np.int64)
-    if wanted.shape != current.shape or (wanted < 0).any() or (wanted > current).any():
-        raise ShapeError(
-            "a cache can only be rewound to tokens that it holds",
-            details={"got": wanted.tolist(), "expected": f"at most {current.tolist()}"},
-            hint="one length per row",
-        )
-    return wanted
-
-
-def checked_rows(rows: Sequence[int], batch_size: int) -> None:
-    """Refuses what :meth:`OnnxRuntimeSession.keep_rows` cannot keep.
-
-    Raises:
-        ShapeError: no row, one that is not there, or rows that are not in ascending order.
-    """
-    if not rows or list(rows) != sorted({*rows} & {*range(batch_size)}):
-        raise ShapeError(
-            "these rows cannot be kept",
-            details={"got": list(rows), "expected": f"at least one of 0..{batch_size - 1}, in ascending order"},
-            hint="name each row of the batch that goes on",
-        )
 
 
 class OnnxRuntimeHeadSession:
