@@ -3,6 +3,7 @@
 # make check  ruff, mypy
 # make plugins  the TensorRT plugin library alone
 # make wheels   the wheels of both distributions, into dist/; WHEELS=--twice proves that their bytes are reproducible
+# make install-check  both wheels in an empty environment: what they bring, how large, how fast to import, the same tokens
 # make faults proves the validator: every fault in random models, none in healthy ones; writes docs/faults.md
 # make kernels proves the kernels without a GPU; writes docs/kernels.md
 # make gpu    kernels and plugin library on this machine's GPU, right and how fast; report under reports/gpu
@@ -17,7 +18,7 @@ BIN    := $(VENV)/bin
 BUNDLE := build/tiny-llama
 REPORT := build/report
 
-.PHONY: demo test check plugins wheels kernels faults gpu bench constraints clean
+.PHONY: demo test check plugins wheels install-check kernels faults gpu bench constraints clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -43,6 +44,10 @@ plugins: $(VENV)/.plugins
 # With an empty Triton cache, minutes; WHEELS=--twice builds everything from nothing two times.
 wheels: $(VENV)/.installed
 	$(BIN)/python scripts/build_wheels.py $(WHEELS)
+
+# Under a minute with the Triton cache that the plugins leave. Needs a package index. Figures: build/install.json
+install-check: $(VENV)/.plugins
+	$(BIN)/python scripts/check_install.py --json build/install.json
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
-"""Puts the parity table of the last `make demo` and the newest speed figures into README.md: its numbers come from commands.
+"""Puts the figures of commands into README.md: parity of the last `make demo`, sizes of the last `make install-check`, the newest speeds.
 
-make demo && .venv/bin/python scripts/update_readme.py
+make demo install-check && .venv/bin/python scripts/update_readme.py
+
+What was not run since `build` was made keeps its old figures.
 """
 
 from __future__ import annotations
@@ -78,12 +80,34 @@ def figures_table(figures: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*rows, "", f"With {versions}."])
 
 
+def install_table(results: dict[str, Any]) -> str:
+    """What an install takes, from scripts/check_install.py."""
+    rows = ["| in an empty environment | packages | MB | at most |", "|---|---|---|---|"]
+    names = {"base": "`llama-export`", "cpu": "`llama-export[cpu]`", "plugins": "- and `llama-export-plugins`"}
+    for step, name in names.items():
+        found, limit = results["installs"][step], results["limits"]["megabytes"][step]
+        rows.append(f"| {name} | {len(found['distributions'])} | {found['bytes'] / 1e6:.0f} | {limit} |")
+    seconds = results["installs"]["base"]["import_seconds"]
+    return "\n".join([
+        *rows,
+        "",
+        f"Of the files, without pip. `import llama_export; llama_export.load` in a fresh interpreter: {seconds['min']:.2f} s (median {seconds['median']:.2f} "
+        f"of {len(seconds['runs'])}; at most {results['limits']['import_seconds']}). Python {results['python']}, {results['processor']}.",
+    ])  # fmt: skip
+
+
 def main() -> None:
     """Rewrites the sections between the markers."""
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    report = json.loads((ROOT / "build/report/parity.json").read_text(encoding="utf-8"))
-    for name, section in (("parity", parity_table(report)), ("figures", figures_table(newest_figures()))):
+    sections = {"figures": figures_table(newest_figures())}
+    for name, file, table in (
+        ("parity", "build/report/parity.json", parity_table),
+        ("install", "build/install.json", install_table),
+    ):
+        if (ROOT / file).is_file():
+            sections[name] = table(json.loads((ROOT / file).read_text(encoding="utf-8")))
+    for name, section in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         whole = f"{begin}\n{section}\n{end}"
         text = re.sub(f"{begin}.*?{end}", lambda _, whole=whole: whole, text, flags=re.DOTALL)  # type: ignore[misc]
