@@ -36,7 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decode_speed import BASELINE, MODEL
+from decode_speed import MODEL
+from engines import BASELINE
 from exporters import (
     GENAI_BUILDER_NEEDS,
     export_command,

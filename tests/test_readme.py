@@ -72,7 +72,17 @@ def test_speed_figures_are_those_of_the_newest_committed_run() -> None:
     (section,) = re.findall("<!-- figures:begin -->\n(.*?)\n<!-- figures:end -->", README, flags=re.DOTALL)
     figures = UPDATE["newest_figures"]()
     assert set(figures) == {"125m", "1.2b"}
-    assert section == UPDATE["figures_table"](figures)
+    assert section == UPDATE["figures_table"](figures, UPDATE["newest_perplexity"]())
+
+
+def test_every_speed_has_a_perplexity_beside_it_and_float32_is_one_model() -> None:
+    text = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    (section,) = re.findall("<!-- peers: begin -->\n(.*?)\n<!-- peers: end -->", text, flags=re.DOTALL)
+    figures, quality = UPDATE["newest_figures"](), UPDATE["newest_perplexity"]()
+    assert section == UPDATE["quality_table"](figures, quality)
+    engines = quality["engines"]
+    assert set(engines) == {name for results in figures.values() for name in results["decode"]}
+    assert [entry["same_model"] for entry in engines.values() if entry["precision"] == "float32"] == [True] * 4
 
 
 def test_parity_table_names_stages_of_the_validator() -> None:
