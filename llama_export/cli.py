@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import secrets
@@ -30,6 +31,7 @@ from llama_export.config import (
     BACKENDS,
     DTYPES,
     ENGINE_WEIGHTS,
+    RUNTIME_BACKENDS,
     TASKS,
     VARIANTS,
     WEIGHTS_MODES,
@@ -60,9 +62,34 @@ _ignore_hashes = click.option(
 _ignore_estimate = click.option(
     "--ignore-estimate", is_flag=True, help="Go on although the estimate says that disk or memory do not suffice."
 )
-_quantize_option = click.option(
-    "--quantize", type=click.Choice(VARIANTS), help="Use these weights, made by `llama-export quantize`."
-)
+
+
+def _session_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Flags that choose what computes; the command takes them as one dict, ``session``."""
+    options = (
+        click.option(
+            "--backend", type=click.Choice(RUNTIME_BACKENDS), default="auto",
+            help="What computes. auto: the engine given or found in BUNDLE that this machine can run, else onnxruntime on the "
+            "CPU.",
+        ),
+        click.option("--engine", type=_PATH, help="TensorRT engine, made by `llama-export build`."),
+        click.option("--quantize", type=click.Choice(VARIANTS), help="Weights made by `llama-export quantize` (CPU)."),
+        click.option(
+            "--max-seq-len", type=click.IntRange(1), metavar="TOKENS",
+            help="What onnxruntime's KV cache holds; memory is taken when it is filled.  [default: what the model can, at "
+            "most 4096, or what the request needs]",
+        ),
+        click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: one per core]"),
+    )  # fmt: skip
+
+    @functools.wraps(function)
+    def command(*args: Any, **kwargs: Any) -> None:
+        session = {name: kwargs.pop(name) for name in ("backend", "engine", "quantize", "max_seq_len", "threads")}
+        function(*args, session=session, **kwargs)
+
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings=_CONTEXT, epilog=EXIT_CODES)
@@ -274,22 +301,15 @@ def refit(engine: Path, bundle: Path, force: bool, ignore_hashes: bool, as_json:
 @click.option(
     "--logprobs", type=int, metavar="N", help="With --json: log-probabilities of each token and of the N likeliest."
 )
-@_quantize_option
-@click.option(
-    "--max-seq-len",
-    type=click.IntRange(1),
-    metavar="TOKENS",
-    help="KV-cache capacity.  [default: what the request needs]",
-)
-@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: one per core]")
+@_session_options
 @_ignore_hashes
 @_json_flag
 @click.pass_context
 def run(
     command: click.Context, /, bundle: Path, prompts: tuple[str, ...], context: str | None, tokens: str | None,
-    quantize: str | None, max_seq_len: int | None, threads: int | None, ignore_hashes: bool, as_json: bool, **sampling: Any,
+    session: dict[str, Any], ignore_hashes: bool, as_json: bool, **sampling: Any,
 ) -> None:  # fmt: skip
-    """Run BUNDLE on onnxruntime (CPU): continue prompts, or say what the head makes of a text.
+    """Run BUNDLE: continue prompts, or say what the head makes of a text.
 
     Text goes to stdout as it is generated; of several prompts, when all are done.
     """
@@ -310,7 +330,7 @@ def run(
                 "a context means nothing to causal-lm", details={"bundle": bundle}, hint="leave --context out"
             )
         sampling["logit_bias"] = dict(map(_token_bias, sampling["logit_bias"]))
-        _generate(opened, prompts, tokens, sampling, quantize, max_seq_len, threads, as_json)
+        _generate(opened, prompts, tokens, sampling, session, as_json)
         return
     only_generation = [*sampling, "quantize", "max_seq_len"]
     given = [name for name in only_generation if command.get_parameter_source(name) != ParameterSource.DEFAULT]
@@ -320,16 +340,23 @@ def run(
             details={"bundle": bundle, "got": ", ".join(given) or f"{len(prompts)} prompts"},
             hint="give one --prompt, and leave the others out",
         )
-    _predict(opened, prompts[0] if prompts else None, context, tokens, threads, as_json)
+    settings = {name: session[name] for name in ("backend", "engine", "threads")}
+    _predict(opened, prompts[0] if prompts else None, context, tokens, settings, as_json)
 
 
 def _predict(
-    opened: Bundle, prompt: str | None, context: str | None, tokens: str | None, threads: int | None, as_json: bool
+    opened: Bundle,
+    prompt: str | None,
+    context: str | None,
+    tokens: str | None,
+    settings: Mapping[str, Any],
+    as_json: bool,
 ) -> None:
     """One text through a head; token ids give the bare outputs."""
-    from llama_export.runtime import OnnxRuntimeHeadSession, TextCodec, predict
+    from llama_export.llm import open_head_session
+    from llama_export.runtime import TextCodec, predict
 
-    session = OnnxRuntimeHeadSession(opened, threads=threads)
+    session = open_head_session(opened, **settings)
     if session.note:
         _log(f"run: {session.note}")
     start = time.perf_counter()
@@ -344,8 +371,8 @@ def _predict(
 
 
 def _generate(
-    opened: Bundle, prompts: Sequence[str], tokens: str | None, sampling: Mapping[str, Any], quantize: str | None,
-    max_seq_len: int | None, threads: int | None, as_json: bool,
+    opened: Bundle, prompts: Sequence[str], tokens: str | None, sampling: Mapping[str, Any], settings: Mapping[str, Any],
+    as_json: bool,
 ) -> None:  # fmt: skip
     """One prompt continued, whose text goes out as it comes; or several as one batch."""
     from llama_export.llm import LLM, open_session
@@ -360,9 +387,8 @@ def _generate(
         params = dataclasses.replace(params, seed=secrets.randbits(32))  # so that the run can be repeated
     codec = TextCodec(opened.folder) if prompts or (opened.folder / "tokenizer.json").is_file() else None
     ids = [codec.encode(text) for text in prompts] if codec is not None and prompts else [_token_list(tokens or "")]
-    if max_seq_len is None:
-        max_seq_len = _capacity(max(map(len, ids)), params.max_new_tokens, opened.config.max_length)
-    session = open_session(opened, backend="onnxruntime", quantize=quantize, max_seq_len=max_seq_len, threads=threads)
+    needed = _needed(max(map(len, ids)), params.max_new_tokens, opened.config.max_length)
+    session = open_session(opened, request_tokens=needed, **settings)
     if session.note:
         _log(f"run: {session.note}")
     llm = LLM(opened, session, codec)
@@ -417,8 +443,8 @@ def _logprobs(one: Completion) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _capacity(prompt: int, new_tokens: int, limit: int) -> int:
-    """What the request needs, rounded up to 64 tokens where the model allows."""
+def _needed(prompt: int, new_tokens: int, limit: int) -> int:
+    """Tokens that the cache must hold: the last one of the output is not kept."""
     needed = prompt + new_tokens - 1
     if needed > limit:
         raise ShapeError(
@@ -426,7 +452,7 @@ def _capacity(prompt: int, new_tokens: int, limit: int) -> int:
             details={"prompt": f"{prompt} tokens", "max_new_tokens": new_tokens, "longest sequence": limit},
             hint="shorten the prompt, or lower --max-new-tokens",
         )
-    return max(1, min(-(-needed // 64) * 64, limit))
+    return max(1, needed)
 
 
 def _token_list(text: str) -> list[int]:
@@ -475,29 +501,19 @@ def _token_bias(text: str) -> tuple[int, float]:
 )
 @click.option("--seed", type=int, help="Of the random draws.  [default: another one each time]")
 @click.option("--max-new-tokens", type=int, metavar="TOKENS", help="Longest answer.  [default: 1024]")
-@_quantize_option
-@click.option(
-    "--max-seq-len",
-    type=click.IntRange(1),
-    metavar="TOKENS",
-    help="How much conversation the KV cache holds.  [default: what the model can, at most 4096]",
-)
-@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: one per core]")
+@_session_options
 @_ignore_hashes
 @_json_flag
 def chat(
-    bundle: Path, system: str | None, quantize: str | None, max_seq_len: int | None, threads: int | None,
-    ignore_hashes: bool, as_json: bool, **sampling: Any,
-) -> None:  # fmt: skip
+    bundle: Path, system: str | None, session: dict[str, Any], ignore_hashes: bool, as_json: bool, **sampling: Any
+) -> None:
     """Have a conversation with BUNDLE, worded as the checkpoint's own chat template says.
 
     Without a terminal each line of stdin is a message, and each answer goes to stdout.
     """
     from llama_export import terminal_chat
 
-    llm = terminal_chat.open_chat_model(
-        bundle, quantize=quantize, max_seq_len=max_seq_len, threads=threads, ignore_hashes=ignore_hashes
-    )
+    llm = terminal_chat.open_chat_model(bundle, ignore_hashes=ignore_hashes, **session)
     given = {name: value for name, value in sampling.items() if value is not None}
     conversation = terminal_chat.Conversation(
         llm, system=system, sampling={**terminal_chat.default_sampling(llm.bundle.folder), **given}
@@ -652,30 +668,27 @@ def _names(text: str) -> tuple[str, ...]:
     "--new-tokens", type=click.IntRange(2), default=64, metavar="TOKENS", help="Decode steps per run, plus one."
 )
 @click.option("--runs", type=click.IntRange(1), default=5, help="Counted runs, after one warm-up.")
-@click.option(
-    "--max-seq-len", type=click.IntRange(1), metavar="TOKENS", help="KV-cache capacity.  [default: what a run needs]"
-)
-@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads.  [default: one per core]")
-@_quantize_option
+@_session_options
 @_ignore_hashes
 @_json_flag
 def bench(
-    bundle: Path, prompt_tokens: int, new_tokens: int, runs: int, max_seq_len: int | None, threads: int | None,
-    quantize: str | None, ignore_hashes: bool, as_json: bool,
+    bundle: Path, prompt_tokens: int, new_tokens: int, runs: int, session: dict[str, Any], ignore_hashes: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
-    """Time prefill and decode of BUNDLE on onnxruntime (CPU), beside the bandwidth of the memory."""
+    """Time prefill and decode of BUNDLE; on a CPU beside the bandwidth of the memory."""
     from rich.console import Console
 
     from llama_export.bundle import load_bundle
-    from llama_export.runtime import OnnxRuntimeSession
+    from llama_export.llm import open_session
     from llama_export.runtime.bench import bench_bundle, print_bench
 
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
-    capacity = max_seq_len or _capacity(prompt_tokens, new_tokens, opened.config.max_length)
+    needed = _needed(prompt_tokens, new_tokens, opened.config.max_length)
     result = bench_bundle(
         opened,
-        lambda: OnnxRuntimeSession(opened, max_seq_len=capacity, threads=threads, variant=quantize),
-        prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs, threads=threads, quantize=quantize,
+        lambda: open_session(opened, request_tokens=needed, **session),
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs, threads=session["threads"],
+        quantize=session["quantize"],
     )  # fmt: skip
     if as_json:
         _print({**dataclasses.asdict(result), "bandwidth_share": result.bandwidth_share}, True, "")

@@ -70,7 +70,6 @@ from llama_export.engine_spec import (
     engine_profiles,
     max_batch,
     may_decompose,
-    numbered,
     plugin_attributes,
     resolve_capacity,
     weight_io,
@@ -88,6 +87,7 @@ from llama_export.errors import (
     EngineBuildError,
     MissingDependencyError,
     ToolchainError,
+    numbered,
 )
 from llama_export.estimate import estimate_build
 from llama_export.graph_io import INTERFACES

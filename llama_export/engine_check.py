@@ -30,13 +30,12 @@ from llama_export.engine_spec import (
     expected_plugin_layers,
     max_batch,
     may_decompose,
-    numbered,
     plugin_attributes,
     rebuild_command,
     resolve_capacity,
 )
 from llama_export.engine_weights import bundle_tensors, weights_record
-from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError, ToolchainError
+from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError, ToolchainError, numbered
 from llama_export.graph_io import INTERFACES
 
 

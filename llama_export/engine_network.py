@@ -20,9 +20,8 @@ from llama_export.engine_spec import (
     expected_layers,
     expected_plugin_layers,
     may_decompose,
-    numbered,
 )
-from llama_export.errors import EngineBuildError
+from llama_export.errors import EngineBuildError, numbered
 from llama_export.graph_io import INTERFACES
 from llama_export.kv_cache import cache_names, present_name
 

@@ -37,15 +37,14 @@ from llama_export.engine_spec import (
     REBUILD,
     TEXTS,
     engine_io,
-    numbered,
     rebuild_command,
     weight_io,
 )
 from llama_export.engine_weights import bundle_tensors
-from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError, ToolchainError
+from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError, ToolchainError, numbered
 from llama_export.graph_io import INTERFACES
 from llama_export.kv_cache import cache_names, cache_shape
-from llama_export.runtime.session import CacheRows, Float32Array, Int64Array, checked_step, checked_texts
+from llama_export.runtime.session import CacheRows, Float32Array, Int64Array, checked_step, checked_texts, widened
 
 __all__ = ["EngineHeadSession", "EngineSession", "execution_blocker"]
 
@@ -292,6 +291,9 @@ class EngineSession(CacheRows):
         self._zeroed_rows = 0
         self.reset(batch_size)
 
+    def settle(self) -> None:
+        """Nothing is left to do once an engine is loaded."""
+
     def reset(self, batch_size: int | None = None) -> None:
         """Forgets all tokens, and may change the number of rows. Old entries stay in the buffers, finite and never seen.
 
@@ -364,9 +366,7 @@ class EngineSession(CacheRows):
         kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
         host = np.empty(cache_shape(self.config, self.batch_size, self.capacity), kinds[self.dtype])
         self._loaded.read(name, host)
-        if self.dtype == "bfloat16":  # the upper half of a float32
-            return (host.astype(np.uint32) << 16).view(np.float32)
-        return host.astype(np.float32)
+        return widened(host, self.dtype)
 
     def close(self) -> None:
         """Frees the GPU memory of cache and inputs; the engine's own goes with the object."""
@@ -394,6 +394,8 @@ class EngineHeadSession:
         self.facts = self._loaded.facts
         self.config, self.task, self.dtype, self.backend = bundle.config, bundle.task, bundle.dtype, self.facts.backend
         self.max_seq_len = self.facts.max_seq_len
+        self.note: str | None = None
+        """What a user must know about precision and speed: an engine computes in its bundle's dtype."""
         self._output_shapes = {e["name"]: e["shape"] for e in bundle.manifest["io"] if e["kind"] == "output"}
 
     def run(

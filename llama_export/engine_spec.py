@@ -177,10 +177,6 @@ def may_decompose(dtype: str, plugin_ops: Collection[str] = ()) -> bool:
     return dtype == "float32" and not {ATTENTION, MASKED_ATTENTION} & set(plugin_ops)
 
 
-def numbered(label: str, lines: Sequence[str]) -> dict[str, str]:
-    return {label if len(lines) == 1 else f"{label} {index}": line for index, line in enumerate(lines, 1)}
-
-
 REBUILD = "build again: llama-export build BUNDLE --force"
 
 

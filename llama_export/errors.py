@@ -18,7 +18,7 @@ A failed parity check is a result, not an exception (exit 1). Any other exceptio
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 class LlamaExportError(Exception):
@@ -92,3 +92,8 @@ class EngineBuildError(LlamaExportError):
     """The ONNX parser or the builder refused the network."""
 
     exit_code = 3
+
+
+def numbered(label: str, lines: Sequence[str]) -> dict[str, str]:
+    """Lines as details of an error: ``message 1``, ``message 2``; a single one without its number."""
+    return {label if len(lines) == 1 else f"{label} {index}": line for index, line in enumerate(lines, 1)}

@@ -18,27 +18,29 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llama_export.bundle import Bundle, load_bundle
-from llama_export.config import BACKENDS, load_json_object
+from llama_export.config import BACKENDS, RUNTIME_BACKENDS, RuntimeBackend, load_json_object
 from llama_export.errors import ConfigError
 from llama_export.runtime.generation import FinishReason, TokenEvent, generate_steps
-from llama_export.runtime.protocol import CacheSession
+from llama_export.runtime.protocol import CacheSession, HeadSession
 from llama_export.runtime.sampling import SamplingParams, TokenLogprobs
-from llama_export.runtime.session import OnnxRuntimeSession
+from llama_export.runtime.session import Device, OnnxRuntimeHeadSession, OnnxRuntimeSession
 from llama_export.runtime.text import TextCodec
 
 if TYPE_CHECKING:
     from llama_export.runtime.chat_template import ChatTemplate
 
-__all__ = ["LLM", "Backend", "Completion", "Prompt", "SamplingParams", "TextGeneration", "load", "open_session"]
+__all__ = [
+    "LLM", "Completion", "Prompt", "SamplingParams", "TextGeneration", "load", "open_head_session", "open_session",
+]  # fmt: skip
 
 DEFAULT_MAX_SEQ_LEN = 4096
 """Capacity of the cache where none is asked for and the model has more positions, tokens."""
-Backend = Literal["auto", "onnxruntime", "tensorrt-rtx", "tensorrt"]
 Prompt = str | Sequence[int]
 """Text, or token ids."""
+ONNXRUNTIME_BACKENDS = ("onnxruntime", "onnxruntime-cuda")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +75,7 @@ class Completion:
 def load(
     bundle: str | Path,
     *,
-    backend: Backend = "auto",
+    backend: RuntimeBackend = "auto",
     engine: str | Path | None = None,
     quantize: str | None = None,
     max_seq_len: int | None = None,
@@ -102,60 +104,101 @@ def load(
 def open_session(
     bundle: Bundle,
     *,
-    backend: Backend = "auto",
+    backend: RuntimeBackend = "auto",
     engine: str | Path | None = None,
     quantize: str | None = None,
     max_seq_len: int | None = None,
     threads: int | None = None,
+    request_tokens: int = 1,
 ) -> CacheSession:
-    """A session of one row, on the CPU or with an engine.
+    """A session of one row, on the CPU or a GPU.
 
     Args:
         bundle: from :func:`llama_export.bundle.load_bundle`.
         backend: ``auto``: the named engine, else the bundle's own if there is one, this machine can run it and nothing is
-            asked for that only a CPU has; else onnxruntime.
+            asked for that only onnxruntime has; else onnxruntime on the CPU.
         engine: file; default: the bundle's only engine of the backend.
         quantize: onnxruntime: ``int8`` or ``int4`` weights, made by ``llama-export quantize``.
-        max_seq_len: onnxruntime: tokens that a row can hold; default the model's, at most 4096. An engine's is built in.
+        max_seq_len: onnxruntime: tokens that a row can hold; default the model's, at most 4096, or ``request_tokens`` if
+            that is more. An engine's is built in.
         threads: onnxruntime: CPU threads; default one per core.
+        request_tokens: what the caller is going to ask for, if that is known.
 
     Raises:
         ConfigError: an unknown backend, an engine that is not there or one of several, quantised weights that were not
             made, or a setting that the backend does not have.
         ArtifactMismatchError, MissingDependencyError, ShapeError, ToolchainError: see the sessions.
     """
-    of_cpu = {"quantize": quantize, "max_seq_len": max_seq_len, "threads": threads}
-    asked = [name for name, value in of_cpu.items() if value is not None]
-    if backend not in ("auto", "onnxruntime", *BACKENDS):
+    path = _chosen_engine(bundle, backend, engine, quantize=quantize, max_seq_len=max_seq_len, threads=threads)
+    if path is not None:
+        from llama_export.engine_session import EngineSession
+
+        return EngineSession(bundle, path)
+    capacity = min(bundle.config.max_length, max(DEFAULT_MAX_SEQ_LEN, request_tokens))
+    if max_seq_len is not None:
+        capacity = max_seq_len
+    return OnnxRuntimeSession(
+        bundle, max_seq_len=capacity, threads=threads, variant=quantize, device=_device_of(backend)
+    )
+
+
+def open_head_session(
+    bundle: Bundle,
+    *,
+    backend: RuntimeBackend = "auto",
+    engine: str | Path | None = None,
+    threads: int | None = None,
+) -> HeadSession:
+    """A session of a head without a cache: classification, question answering, features.
+
+    Args:
+        bundle, backend, engine, threads: see :func:`open_session`.
+
+    Raises:
+        ConfigError, ArtifactMismatchError, MissingDependencyError, ToolchainError: see :func:`open_session`.
+    """
+    path = _chosen_engine(bundle, backend, engine, threads=threads)
+    if path is not None:
+        from llama_export.engine_session import EngineHeadSession
+
+        return EngineHeadSession(bundle, path)
+    return OnnxRuntimeHeadSession(bundle, threads=threads, device=_device_of(backend))
+
+
+def _device_of(backend: RuntimeBackend) -> Device:
+    return "cuda" if backend == "onnxruntime-cuda" else "cpu"
+
+
+def _chosen_engine(
+    bundle: Bundle, backend: RuntimeBackend, engine: str | Path | None, **of_onnxruntime: Any
+) -> Path | None:
+    """The engine that these settings mean; None: onnxruntime."""
+    asked = {name: value for name, value in of_onnxruntime.items() if value is not None}
+    if backend not in RUNTIME_BACKENDS:
         raise ConfigError(
             f"unknown backend: {backend}",
-            details={"got": backend, "expected": " | ".join(("auto", "onnxruntime", *BACKENDS))},
+            details={"got": backend, "expected": " | ".join(RUNTIME_BACKENDS)},
             hint="choose one of these",
         )
-    if engine is not None and backend == "onnxruntime":
+    if engine is not None and backend in ONNXRUNTIME_BACKENDS:
         raise ConfigError(
             "onnxruntime runs no engines",
-            details={"engine": engine},
-            hint='leave engine out, or choose backend="auto"',
+            details={"engine": engine, "got": f"backend {backend}"},
+            hint="leave the engine out, or choose the backend `auto`",
         )
     path = Path(engine) if engine is not None else None
-    if path is None and backend != "onnxruntime" and not (backend == "auto" and asked):
+    if path is None and backend not in ONNXRUNTIME_BACKENDS and not (backend == "auto" and asked):
         path = _engine_of(bundle, backend)
-    if path is None:
-        capacity = min(bundle.config.max_length, DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
-        return OnnxRuntimeSession(bundle, max_seq_len=capacity, threads=threads, variant=quantize)
-    if asked:
+    if path is not None and asked:
         raise ConfigError(
             f"an engine has no {', '.join(asked)}",
-            details={"engine": path, "got": ", ".join(f"{name}={of_cpu[name]!r}" for name in asked)},
-            hint='capacity and precision are chosen by `llama-export build`; for a CPU say backend="onnxruntime"',
+            details={"engine": path, "got": ", ".join(f"{name}={value!r}" for name, value in asked.items())},
+            hint="capacity and precision are chosen by `llama-export build`; for a CPU choose the backend `onnxruntime`",
         )
-    from llama_export.engine_session import EngineSession
-
-    return EngineSession(bundle, path)
+    return path
 
 
-def _engine_of(bundle: Bundle, backend: Backend) -> Path | None:
+def _engine_of(bundle: Bundle, backend: RuntimeBackend) -> Path | None:
     """The bundle's only engine of a backend; of ``auto``: the only one that this machine can run, if there is one."""
     from llama_export.engine_session import execution_blocker
 

@@ -37,16 +37,13 @@ SETTINGS = (
 _INTEGERS = ("max_new_tokens", "top_k", "seed")
 
 
-def open_chat_model(
-    folder: Path, *, quantize: str | None = None, max_seq_len: int | None = None, threads: int | None = None,
-    ignore_hashes: bool = False,
-) -> LLM:  # fmt: skip
+def open_chat_model(folder: Path, *, ignore_hashes: bool = False, **session: Any) -> LLM:
     """A bundle's model, once it is known that it can chat.
 
     Args:
         folder: the bundle.
-        quantize, max_seq_len, threads: see :func:`llama_export.llm.open_session`.
         ignore_hashes: see :func:`llama_export.bundle.load_bundle`.
+        **session: arguments of :func:`llama_export.llm.open_session`.
 
     Raises:
         ConfigError: no chat template or tokenizer; and what opening a bundle and a session raises.
@@ -54,8 +51,7 @@ def open_chat_model(
     opened = load_bundle(folder, ignore_hashes=ignore_hashes)
     if opened.task == "causal-lm":
         ChatTemplate.from_folder(opened.folder)  # weights take long to open, and would be in vain
-    session = open_session(opened, quantize=quantize, max_seq_len=max_seq_len, threads=threads)
-    return LLM(opened, session, TextCodec(opened.folder))
+    return LLM(opened, open_session(opened, **session), TextCodec(opened.folder))
 
 
 def default_sampling(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ PACKAGE = Path(llama_export.__file__).parent
 ORDER = (
     ("__init__",),
     ("errors",),
-    ("_process", "_files", "environment"),
+    ("_huge_pages", "_process", "_files", "environment"),
     ("_commit",),
     ("config",),
     ("checkpoint", "kv_cache"),
@@ -50,6 +50,7 @@ LAZY = {("__init__", "llm")}
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 BASE = (
     "errors",
+    "_huge_pages",
     "_process",
     "_files",
     "_commit",

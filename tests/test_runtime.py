@@ -83,7 +83,7 @@ def test_only_in_place_does_what_lies_past_the_valid_length_survive(bundle: Bund
         assert not (array[:, :, :4] == 7).any()
     one = np.array([1])
     feeds = {"input_ids": one[None], "past_length": one, "sequence_length": one, "logits_index": one[None] * 0}
-    _, *copies = session._session.run(None, {**feeds, **session.cache})
+    _, *copies = session._graph.session.run(None, {**feeds, **session.cache})
     assert all((array[:, :, 2:] == 0).all() for array in copies)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llama_export.config import LlamaConfig
 from llama_export.errors import ConfigError
-from llama_export.runtime.session import OnnxRuntimeHeadSession
+from llama_export.runtime.protocol import HeadSession
 from llama_export.runtime.text import Encoding
 
 MAX_ANSWER_TOKENS = 15
@@ -21,7 +21,7 @@ MAX_ANSWER_TOKENS = 15
 Scores = NDArray[np.float64]
 
 
-def predict(session: OnnxRuntimeHeadSession, encoding: Encoding, text: str, context: str | None) -> dict[str, Any]:
+def predict(session: HeadSession, encoding: Encoding, text: str, context: str | None) -> dict[str, Any]:
     """The outputs of one text, and what they mean; the keys of ``run --json`` for the task, timing aside.
 
     Args:
@@ -32,7 +32,7 @@ def predict(session: OnnxRuntimeHeadSession, encoding: Encoding, text: str, cont
 
     Raises:
         ConfigError: a context that is missing or that nobody reads.
-        ShapeError: see :meth:`OnnxRuntimeHeadSession.run`.
+        ShapeError: see :meth:`HeadSession.run`.
     """
     if (context is not None) != (session.task == "question-answering"):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What generation needs of a session: the interface that the onnxruntime and the engine session share."""
+"""What the runtime needs of a session: the interfaces that onnxruntime's sessions and the engines' share."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from llama_export.config import LlamaConfig
 from llama_export.runtime.session import Float32Array, Int64Array
 
 
-class CacheSession(Protocol):
-    """A causal LM over a KV cache of its own.
-
-    Shapes: B rows, M <= B rows of a call, S new tokens, N wanted positions, V vocabulary.
-    """
+class Session(Protocol):
+    """An opened bundle."""
 
     @property
     def config(self) -> LlamaConfig:
@@ -31,6 +28,31 @@ class CacheSession(Protocol):
     def dtype(self) -> str:
         """Of the bundle."""
 
+
+class HeadSession(Session, Protocol):
+    """A classifier, tagger, reader or encoder, without a cache. Shapes: B texts, S tokens."""
+
+    @property
+    def task(self) -> str:
+        """Of the bundle."""
+
+    def run(
+        self, input_ids: Sequence[Sequence[int]] | Int64Array, attention_mask: Int64Array | None = None
+    ) -> dict[str, Float32Array]:
+        """One padded batch [B, S]; names and shapes of the outputs are in :mod:`llama_export.export`.
+
+        Raises:
+            ShapeError: texts that the session cannot take.
+            ToolchainError: the backend failed.
+        """
+
+
+class CacheSession(Session, Protocol):
+    """A causal LM over a KV cache of its own.
+
+    Shapes: B rows, M <= B rows of a call, S new tokens, N wanted positions, V vocabulary.
+    """
+
     @property
     def capacity(self) -> int:
         """Tokens that each row can hold."""
@@ -42,6 +64,9 @@ class CacheSession(Protocol):
     @property
     def past_length(self) -> Int64Array:
         """[B], tokens that each row holds; advanced by :meth:`step` once its numbers are there."""
+
+    def settle(self) -> None:
+        """Waits until the session runs as fast as it can. For who measures; nothing else depends on it."""
 
     def reset(self, batch_size: int | None = None) -> None:
         """Forgets all tokens, and may change the number of rows.

@@ -2,28 +2,39 @@
 
 Shapes: B batch, S new tokens, N wanted positions, C kv_cache_capacity, G key/value heads, D head_dim, V vocabulary.
 
-Each cache tensor is one buffer, bound as ``past_key_values.*`` *and* as ``present.*``: onnxruntime's GroupQueryAttention
-then writes S tokens into it, copies nothing, and reads the valid tokens only, whatever the capacity.
+Each cache tensor is one buffer, bound as ``past_key_values.*`` *and* as ``present.*``. On a CPU, ``model.onnxruntime.onnx``
+is run, in float32: its GroupQueryAttention writes S tokens into the buffer, copies nothing, and reads the valid tokens only,
+whatever the capacity. On CUDA, where that operator has no float32, ``model.onnx`` is run, in the bundle's dtype: its
+TensorScatter writes into the buffer likewise. **CUDA sessions were not run on a GPU**; what could be proven without one is
+in ``docs/decisions.md``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_export._process import available_memory
+from llama_export._huge_pages import gather_huge_pages
+from llama_export._process import available_memory, trim_heap
 from llama_export.bundle import Bundle
 from llama_export.config import LlamaConfig, count_parameters
-from llama_export.errors import ConfigError, MissingDependencyError, ShapeError, ToolchainError
+from llama_export.errors import ConfigError, MissingDependencyError, ShapeError, ToolchainError, numbered
 from llama_export.graph_io import INTERFACES, is_single_text
 from llama_export.kv_cache import cache_names, cache_shape
 
 Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
+Device = Literal["cpu", "cuda"]
 
 
 class CacheRows(ABC):
@@ -78,23 +89,24 @@ class CacheRows(ABC):
 
 
 class OnnxRuntimeSession(CacheRows):
-    """Runs a bundle on the CPU, batch and capacity fixed when it is made.
+    """Runs a bundle on onnxruntime, batch and capacity fixed when it is made.
 
     Args:
         bundle: from :func:`llama_export.bundle.load_bundle`.
         max_seq_len: C, tokens each row can hold.
         batch_size: B, rows.
-        threads: of onnxruntime's operators; None lets onnxruntime choose (one per core).
+        threads: of onnxruntime's operators on the CPU; None lets onnxruntime choose (one per core).
         variant: ``int8`` or ``int4``: the bundle's quantised weights; None: its own.
-        graph: from :func:`open_graph` of the same bundle and variant, to be shared by sessions that do not run at the same time.
+        device: what computes.
+        graph: from :func:`open_graph` of the same bundle, variant and device, to be shared by sessions that do not run at
+            the same time.
 
     Raises:
+        ConfigError: a task without a cache, or quantised weights on CUDA.
         MissingDependencyError: no onnxruntime.
         ShapeError: a capacity or batch below 1, or a capacity beyond ``max_position_embeddings``.
-        ToolchainError: onnxruntime cannot open the graph; its message is attached.
+        ToolchainError: onnxruntime cannot open the graph, or has no such device; its message is attached.
     """
-
-    backend = "onnxruntime-cpu"
 
     def __init__(
         self,
@@ -104,6 +116,7 @@ class OnnxRuntimeSession(CacheRows):
         batch_size: int = 1,
         threads: int | None = None,
         variant: str | None = None,
+        device: Device = "cpu",
         graph: OpenGraph | None = None,
     ) -> None:
         if bundle.task != "causal-lm":
@@ -122,21 +135,28 @@ class OnnxRuntimeSession(CacheRows):
         self.config = bundle.config
         self.capacity = max_seq_len
         self.dtype = bundle.dtype
-        graph = graph or open_graph(bundle, threads, variant)
-        self._session = graph.session
-        self.note = graph.note
+        self.backend = f"onnxruntime-{device}"
+        self._graph = graph or open_graph(bundle, threads, variant, device)
+        self._device = device
+        self._cache_dtype = "float32" if device == "cpu" else bundle.dtype
+        self.note = self._graph.note
         """What a user must know about precision and speed of this session, if anything."""
-        self._binding = self._session.io_binding()
+        self._binding = self._graph.session.io_binding()
         self._names = list(cache_names(self.config.num_hidden_layers))
-        self.cache: dict[str, Float32Array] = {}
+        self._buffers: dict[str, _Buffer] = {}
         """Graph input name -> the buffer [B, G, C, D] that is both past and present."""
         self._allocate(batch_size)
 
+    def settle(self) -> None:
+        """Waits until the session runs as fast as it can: its weights are still being gathered into huge pages after it
+        was opened. Nothing else depends on it."""
+        self._graph.settle()
+
     def _allocate(self, rows: int) -> None:
-        """New buffers. The system gives memory to the pages of a zeroed array only when they are first written, so a
-        capacity that is never reached costs nothing."""
+        """New buffers, of zeros: what lies behind the valid tokens must be finite for the standard Attention operator."""
         shape = cache_shape(self.config, rows, self.capacity)
-        self.cache = {past: np.zeros(shape, np.float32) for past, _ in self._names}
+        make = _HostBuffer if self._device == "cpu" else partial(_CudaBuffer, self._graph.onnxruntime)
+        self._buffers = {past: make(shape, self._cache_dtype) for past, _ in self._names}
         self._bound = slice(0, 0)
         self.past_length = np.zeros(rows, np.int64)
 
@@ -153,14 +173,14 @@ class OnnxRuntimeSession(CacheRows):
                 details={"got": rows, "expected": "batch >= 1"},
                 hint="one row per prompt",
             )
-        if rows > len(next(iter(self.cache.values()))):
+        if rows > next(iter(self._buffers.values())).shape[0]:
             self._allocate(rows)
         else:
             self.past_length = np.zeros(rows, np.int64)
 
     def _move_row(self, new: int, old: int, length: int) -> None:
-        for array in self.cache.values():
-            array[new, :, :length] = array[old, :, :length]
+        for buffer in self._buffers.values():
+            buffer.move_row(new, old, length)
 
     def step(
         self,
@@ -187,7 +207,7 @@ class OnnxRuntimeSession(CacheRows):
             input_ids, sequence_length, logits_index, self.config.vocab_size, self.past_length, self.capacity
         )
         rows, new_tokens = ids.shape
-        if rows > 1 and new_tokens > 1 and self.past_length[:rows].any():
+        if self._device == "cpu" and rows > 1 and new_tokens > 1 and self.past_length[:rows].any():
             # onnxruntime's GroupQueryAttention takes several new tokens after a past for one row at a time only.
             widths = np.maximum(lengths, index.max(1) + 1)
             logits = np.concatenate(
@@ -215,7 +235,7 @@ class OnnxRuntimeSession(CacheRows):
             self._binding.bind_cpu_input(name, array)
         self._binding.bind_output("logits", "cpu")
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._graph.session.run_with_iobinding(self._binding)
         except Exception as err:
             raise ToolchainError(
                 "onnxruntime cannot run this bundle",
@@ -229,21 +249,114 @@ class OnnxRuntimeSession(CacheRows):
         """Each buffer's rows as past and as present, unless they are bound already."""
         if rows == self._bound:
             return
+        shape = cache_shape(self.config, rows.stop - rows.start, self.capacity)
+        dtype = _ONNX_DTYPES[self._cache_dtype]
         # The outputs keep the order in which they were bound first: the cache, then the logits.
         for past, present in self._names:
-            view = self.cache[past][rows]
-            self._binding.bind_input(past, "cpu", 0, np.float32, view.shape, view.ctypes.data)
-            self._binding.bind_output(present, "cpu", 0, np.float32, view.shape, view.ctypes.data)
+            address = self._buffers[past].address(rows.start)
+            self._binding.bind_input(past, self._device, 0, dtype, shape, address)
+            self._binding.bind_output(present, self._device, 0, dtype, shape, address)
         self._bound = rows
 
     def output_addresses(self) -> dict[str, int]:
         """Graph input name of each cache tensor -> the address onnxruntime returned its present tensor at."""
         outputs = self._binding.get_outputs()
-        return {name: int(output.data_ptr()) for name, output in zip(self.cache, outputs, strict=False)}
+        return {name: int(output.data_ptr()) for name, output in zip(self._buffers, outputs, strict=False)}
+
+    @property
+    def cache(self) -> dict[str, Float32Array]:
+        """Graph input name -> cache tensor of all rows that were ever in use, float32: on a CPU the buffer itself."""
+        return {name: buffer.array() for name, buffer in self._buffers.items()}
 
     def cache_array(self, name: str) -> Float32Array:
-        """A view of one cache tensor [B, G, C, D]; ``name`` is e.g. ``past_key_values.0.key``."""
-        return self.cache[name][: self.batch_size]
+        """One cache tensor [B, G, C, D], widened to float32: on a CPU a view. ``name`` is e.g. ``past_key_values.0.key``."""
+        return self._buffers[name].array()[: self.batch_size]
+
+
+_ONNX_DTYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
+"""``TensorProto.DataType``: NumPy has no bfloat16."""
+
+
+class _Buffer(ABC):
+    """One cache tensor [B, G, C, D] of zeros.
+
+    Args:
+        shape: [B, G, C, D].
+        dtype: of its elements.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._row_bytes = math.prod(shape[1:]) * (4 if dtype == "float32" else 2)
+
+    @abstractmethod
+    def address(self, row: int) -> int:
+        """Where a row begins, in the device's memory."""
+
+    @abstractmethod
+    def move_row(self, new: int, old: int, length: int) -> None:
+        """Copies the first ``length`` tokens of row ``old`` to row ``new``."""
+
+    @abstractmethod
+    def array(self) -> Float32Array:
+        """All of it in the host's memory."""
+
+
+class _HostBuffer(_Buffer):
+    """In float32. The system gives memory to the pages of a zeroed array only when they are first written, so a capacity that
+    is never reached costs nothing."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        super().__init__(shape, dtype)
+        self._array: Float32Array = np.zeros(shape, np.float32)
+
+    def address(self, row: int) -> int:
+        return int(self._array.ctypes.data) + row * self._row_bytes
+
+    def move_row(self, new: int, old: int, length: int) -> None:
+        self._array[new, :, :length] = self._array[old, :, :length]
+
+    def array(self) -> Float32Array:
+        return self._array
+
+
+class _CudaBuffer(_Buffer):
+    """Bytes on the GPU that onnxruntime's CUDA provider allocates.
+
+    Args:
+        onnxruntime: the module.
+        shape, dtype: see :class:`_Buffer`.
+    """
+
+    def __init__(self, onnxruntime: Any, shape: tuple[int, ...], dtype: str) -> None:
+        super().__init__(shape, dtype)
+        self._bytes = onnxruntime.OrtValue.ortvalue_from_numpy(
+            np.zeros(shape[0] * self._row_bytes, np.uint8), "cuda", 0
+        )
+
+    def address(self, row: int) -> int:
+        return int(self._bytes.data_ptr()) + row * self._row_bytes
+
+    def move_row(self, new: int, old: int, length: int) -> None:
+        # Through the host: rows leave a batch once each, and onnxruntime copies whole tensors only.
+        rows = self._bytes.numpy().reshape(self.shape[0], self._row_bytes)
+        rows[new] = rows[old]
+        self._bytes.update_inplace(rows.reshape(-1))
+
+    def array(self) -> Float32Array:
+        return widened(self._bytes.numpy(), self.dtype).reshape(self.shape)
+
+
+def widened(raw: NDArray[Any], dtype: str) -> Float32Array:
+    """The float32 values of an array's bytes, exactly.
+
+    Args:
+        raw: contiguous, of any type.
+        dtype: what its bytes are: float32, float16 or bfloat16.
+    """
+    if dtype == "bfloat16":  # the upper half of a float32
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return raw.view(dtype).astype(np.float32)
 
 
 def checked_step(
@@ -306,21 +419,20 @@ def checked_step(
 
 
 class OnnxRuntimeHeadSession:
-    """Runs a bundle whose task has no cache (classification, question answering, features) on the CPU.
+    """Runs a bundle whose task has no cache (classification, question answering, features) on onnxruntime.
 
     Args:
         bundle: from :func:`llama_export.bundle.load_bundle`.
-        threads: of onnxruntime's operators; None lets onnxruntime choose (one per core).
+        threads: of onnxruntime's operators on the CPU; None lets onnxruntime choose (one per core).
+        device: what computes.
 
     Raises:
         MissingDependencyError: no onnxruntime.
         ConfigError: a causal LM.
-        ToolchainError: onnxruntime cannot open the graph; its message is attached.
+        ToolchainError: onnxruntime cannot open the graph, or has no such device; its message is attached.
     """
 
-    backend = "onnxruntime-cpu"
-
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, device: Device = "cpu") -> None:
         interface = INTERFACES[bundle.task]
         if interface.has_cache:
             raise ConfigError(
@@ -330,7 +442,8 @@ class OnnxRuntimeHeadSession:
             )
         self.config, self.task, self.dtype = bundle.config, bundle.task, bundle.dtype
         self._outputs = list(interface.outputs)
-        graph = open_graph(bundle, threads)
+        self.backend = f"onnxruntime-{device}"
+        graph = open_graph(bundle, threads, device=device)
         self._session = graph.session
         self.note = graph.note
         """What a user must know about precision and speed of this session, if anything."""
@@ -402,7 +515,7 @@ def checked_texts(
 
 
 class OpenGraph(NamedTuple):
-    """A bundle's onnxruntime graph, opened."""
+    """A bundle's graph, opened by onnxruntime."""
 
     onnxruntime: Any
     """The module."""
@@ -410,60 +523,112 @@ class OpenGraph(NamedTuple):
     """An ``InferenceSession``."""
     note: str | None
     """What a user must know about its precision and speed, if anything."""
+    settle: Callable[[], None] = lambda: None
+    """Waits until it runs as fast as it can."""
 
 
-def open_graph(bundle: Bundle, threads: int | None = None, variant: str | None = None) -> OpenGraph:
-    """Opens a bundle's onnxruntime graph, which computes in float32 whatever the weights are stored in.
+def open_graph(
+    bundle: Bundle, threads: int | None = None, variant: str | None = None, device: Device = "cpu"
+) -> OpenGraph:
+    """Opens a bundle's graph: on a CPU one that computes in float32 whatever the weights are stored in.
 
     16-bit weights are widened once, when the graph is opened, where memory allows: that takes 2.2 times the float32 weights
     for a while, and the float32 weights for good. Else the file stays mapped and each weight is widened in every step:
     an 8B model runs on a machine of 24 GB so, several times slower. Quantised weights are read as they are.
 
+    onnxruntime's arena is off: it grew with every new mix of shapes, and was no faster (``docs/decisions.md``).
+
     Args:
         bundle: from :func:`llama_export.bundle.load_bundle`.
         threads: of onnxruntime's operators; None: one per core.
         variant: ``int8`` or ``int4``: the bundle's quantised weights; None: its own.
+        device: what computes.
 
     Raises:
-        ConfigError: the bundle has no such variant.
+        ConfigError: the bundle has no such variant, or it is to run on CUDA.
         MissingDependencyError: no onnxruntime.
-        ToolchainError: onnxruntime cannot open the graph; its message is attached.
+        ToolchainError: onnxruntime cannot open the graph, or has no such device; its message is attached.
     """
     try:
         import onnxruntime
     except ModuleNotFoundError as err:
-        raise MissingDependencyError("onnxruntime", "cpu") from err
+        raise MissingDependencyError("onnxruntime", device) from err
+    if device == "cuda":
+        return _open_on_cuda(onnxruntime, bundle, threads, variant)
     path = bundle.onnxruntime_path if variant is None else bundle.variant_path(variant)
+    options = _session_options(onnxruntime, threads)
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False  # of the arena; one for every shape that ever came
+    disabled, note = [], precision_note(bundle.dtype) if variant is None else None
+    available = available_memory()
+    size = 4 * count_parameters(bundle.config, bundle.task)  # type: ignore[arg-type]
+    if variant is None and _is_stored_narrow(bundle) and available is not None and _WIDENING * size > 0.9 * available:
+        disabled = ["ConstantFolding"]
+        note = (
+            f"this bundle runs in float32 on a CPU; widening its weights once takes {_WIDENING * size / 1e9:.0f} GB and "
+            f"{available / 1e9:.0f} GB are free, so they are widened in every step, which is slower"
+        )
+    session = _open(onnxruntime, path, options, ["CPUExecutionProvider"], disabled_optimizers=disabled)
+    trim_heap()  # of what packing the weights took for a while
+    if size < _GATHERED_FROM:
+        return OpenGraph(onnxruntime, session, note)
+    gathering = threading.Thread(target=gather_huge_pages, name="gather_huge_pages", daemon=True)
+    gathering.start()
+    return OpenGraph(onnxruntime, session, note, gathering.join)
+
+
+def _open_on_cuda(onnxruntime: Any, bundle: Bundle, threads: int | None, variant: str | None) -> OpenGraph:
+    """``model.onnx`` on the first GPU, all of its operators."""
+    if variant is not None:
+        raise ConfigError(
+            "quantised weights run on a CPU only",
+            details={"got": f"{variant} on CUDA", "bundle": bundle.folder},
+            hint="leave --quantize out, or choose the backend `onnxruntime`",
+        )
+    session = None
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        onnxruntime.preload_dlls(directory="")  # CUDA's libraries from their own wheels, where those are installed
+    if _CUDA in onnxruntime.get_available_providers():
+        options = _session_options(onnxruntime, threads)
+        options.log_severity_level = 4  # why CUDA does not start is said below
+        session = _open(onnxruntime, bundle.model_path, options, [_CUDA, "CPUExecutionProvider"])
+    if session is None or _CUDA not in session.get_providers():  # onnxruntime would go on with the CPU
+        raise ToolchainError(
+            "onnxruntime cannot use CUDA here",
+            details={
+                "onnxruntime": f"{onnxruntime.__version__}, built for {', '.join(onnxruntime.get_available_providers())}",
+                **numbered("message", printed.getvalue().splitlines()),
+            },
+            hint="pip install 'llama-export[cuda]' into an environment without the package `onnxruntime`, on a machine with "
+            "an NVIDIA driver; `llama-export env` shows both",
+        )
+    return OpenGraph(onnxruntime, session, None)
+
+
+_CUDA = "CUDAExecutionProvider"
+
+
+def _session_options(onnxruntime: Any, threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    disabled, note = [], precision_note(bundle.dtype) if variant is None else None
-    available = available_memory()
-    needed = int(_WIDENING * 4 * count_parameters(bundle.config, bundle.task))  # type: ignore[arg-type]
-    if variant is None and _is_stored_narrow(bundle) and available is not None and needed > 0.9 * available:
-        disabled = ["ConstantFolding"]
-        options.enable_mem_pattern = False  # it would reserve a second copy of what the arena holds
-        note = (
-            f"this bundle runs in float32 on a CPU; widening its weights once takes {needed / 1e9:.0f} GB and "
-            f"{available / 1e9:.0f} GB are free, so they are widened in every step, which is slower"
-        )
+    return options
+
+
+def _open(onnxruntime: Any, path: Path, options: Any, providers: list[str], **more: Any) -> Any:
     try:
-        session = onnxruntime.InferenceSession(
-            str(path),
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=disabled,
-        )
+        return onnxruntime.InferenceSession(str(path), options, providers=providers, **more)
     except Exception as err:
         raise ToolchainError(
             "onnxruntime cannot open this bundle",
             details={"file": path, "onnxruntime": onnxruntime.__version__, "reason": err},
-            hint="see the supported versions in pyproject.toml, extra `cpu`",
+            hint="see the supported versions in pyproject.toml, extras `cpu` and `cuda`",
         ) from err
-    return OpenGraph(onnxruntime, session, note)
 
 
+_GATHERED_FROM = 64 << 20
+"""Bytes of float32 weights from which huge pages are worth a thread: smaller ones stay in the processor's caches."""
 _WIDENING = 2.2
 """Peak memory of onnxruntime 1.32's constant folding over the size of the float32 weights it makes (1.2B: 10.8 GB)."""
 
