@@ -105,6 +105,13 @@ class LoadedEngine:
     def __init__(self, bundle: Bundle, engine_path: Path, *, batch_size: int = 1) -> None:
         self._buffers: dict[str, tuple[int, int]] = {}
         """Tensor name -> (device address, bytes)."""
+        self._bound: dict[str, tuple[tuple[int, ...] | None, int]] = {}
+        """What the execution context knows: tensor name -> shape of an input, device address."""
+        self._has_run = False
+        """With just these bindings."""
+        self._graph: Any = None
+        """The CUDA graph of a run with just these bindings."""
+        self._is_capturable = True
         self.facts = check_engine(bundle, engine_path)
         _check_rows(batch_size, self.facts.max_batch)
         if (blocker := execution_blocker(self.facts.backend)) is not None:
@@ -139,6 +146,8 @@ class LoadedEngine:
         name = name if name in self.facts.profiles else self.facts.profiles[0]
         if name == self._profile:
             return
+        self._forget_graph()
+        self._bound.clear()
         selected = self._context.set_optimization_profile_async(self.facts.profiles.index(name), int(self._stream))
         self.require(selected, f"select the {name} profile")
         for weight in self._weights:
@@ -156,23 +165,72 @@ class LoadedEngine:
 
     def bind_input(self, name: str, shape: tuple[int, ...], address: int) -> None:
         """Gives an input its shape and its device memory."""
-        self.require(self._context.set_input_shape(name, shape), f"give `{name}` the shape {list(shape)}")
-        self.bind(name, address)
+        if self._bound.get(name) != (shape, address):
+            self.require(self._context.set_input_shape(name, shape), f"give `{name}` the shape {list(shape)}")
+            self._set_address(name, shape, address)
 
     def bind(self, name: str, address: int) -> None:
         """Gives a tensor its device memory."""
-        self.require(self._context.set_tensor_address(name, address), f"bind `{name}`")
+        if self._bound.get(name) != (None, address):
+            self._set_address(name, None, address)
 
-    def run(self, outputs: dict[str, tuple[int, ...]]) -> dict[str, Float32Array]:
-        """Runs what is bound, waits, and copies the named float32 outputs of these shapes to the host."""
+    def _set_address(self, name: str, shape: tuple[int, ...] | None, address: int) -> None:
+        self._forget_graph()
+        self.require(self._context.set_tensor_address(name, address), f"bind `{name}`")
+        self._bound[name] = (shape, address)
+
+    def run(self, outputs: dict[str, tuple[int, ...]], *, is_repeated: bool = False) -> dict[str, Float32Array]:
+        """Runs what is bound, waits, and copies the named float32 outputs of these shapes to the host.
+
+        Args:
+            outputs: name -> shape.
+            is_repeated: more runs with the same bindings are likely to follow: the second one is captured as a CUDA graph,
+                which the later ones launch, one call instead of one per kernel.
+        """
         found = {name: np.empty(shape, np.float32) for name, shape in outputs.items()}
         for name, host in found.items():
             self.bind(name, self.address(name, host.nbytes))
-        self.require(self._context.execute_async_v3(int(self._stream)), "run the engine")
+        if is_repeated and self._has_run and self._graph is None and self._is_capturable:
+            self._capture()
+        if self._graph is not None:
+            self.call("cudaGraphLaunch", self._graph, self._stream)
+        else:
+            self._execute()
         self.call("cudaStreamSynchronize", self._stream)
+        self._has_run = True
         for name, host in found.items():
             self.read(name, host)
         return found
+
+    def _execute(self) -> None:
+        self.require(self._context.execute_async_v3(int(self._stream)), "run the engine")
+
+    def _capture(self) -> None:
+        """Records a run without running it. TensorRT settles what new shapes need in the run before.
+
+        Source: "CUDA Graphs" in https://docs.nvidia.com/deeplearning/tensorrt/latest/performance/best-practices.html
+        """
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.call("cudaStreamBeginCapture", self._stream, mode)
+        recorded = self._context.execute_async_v3(int(self._stream))
+        status, graph = self._cuda.cudaStreamEndCapture(self._stream)
+        if (
+            not recorded or int(status) != 0
+        ):  # a layer that waits for the GPU, or allocates: each run is enqueued, as before
+            self._cuda.cudaGetLastError()
+            self._is_capturable = False
+            return
+        try:
+            self._graph = self.call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._cuda.cudaGraphDestroy(graph)
+
+    def _forget_graph(self) -> None:
+        """Addresses, shapes and profile of a graph are those of its capture."""
+        self._has_run = False
+        if self._graph is not None:
+            self._cuda.cudaGraphExecDestroy(self._graph)
+            self._graph = None
 
     def move(self, target: int, source: int, nbytes: int) -> None:
         """Copies device memory to other device memory."""
@@ -188,6 +246,8 @@ class LoadedEngine:
         address, size = self._buffers.get(name, (0, 0))
         if size < nbytes:
             if size:
+                self._forget_graph()
+                self._bound.pop(name, None)  # new memory may lie where the old was
                 self.call("cudaFree", address)
                 del self._buffers[name]
             address = int(self.call("cudaMalloc", nbytes))
@@ -215,10 +275,13 @@ class LoadedEngine:
             )
 
     def close(self) -> None:
-        """Frees the GPU memory of cache and inputs; the engine's own goes with the object."""
+        """Frees the GPU memory of cache and inputs, and the graph; the engine's own goes with the object."""
+        if self._buffers:
+            self._forget_graph()
         for address, _ in self._buffers.values():
             self._cuda.cudaFree(address)
         self._buffers.clear()
+        self._bound.clear()
 
     def __del__(self) -> None:
         self.close()
@@ -264,7 +327,8 @@ class EngineSession(CacheRows):
     """Runs an engine of the causal LM over a cache that stays on the GPU.
 
     Same interface as :class:`llama_export.runtime.session.OnnxRuntimeSession`. Every cache is one zeroed buffer, bound
-    as ``past_key_values.*`` and as ``present.*``. A call with S = N = 1 uses the decode profile, any other prefill.
+    as ``past_key_values.*`` and as ``present.*``. A call with S = N = 1 uses the decode profile, any other prefill; from the
+    third decode step in a row on, a CUDA graph of it is launched.
 
     Args:
         bundle: from :func:`llama_export.bundle.load_bundle`.
@@ -347,7 +411,8 @@ class EngineSession(CacheRows):
                 details={"got": list(index.shape), "expected": f"[{rows}, 1..{most}]"},
                 hint="ask for the logits of a long prompt in chunks",
             )
-        self._loaded.select_profile(DECODE if new_tokens == 1 and index.shape[1] == 1 else PREFILL)
+        is_decode = new_tokens == 1 and index.shape[1] == 1
+        self._loaded.select_profile(DECODE if is_decode else PREFILL)
         past_length = self.past_length[:rows]
         feeds = {"input_ids": ids, "past_length": past_length, "sequence_length": lengths, "logits_index": index}
         for name, values in feeds.items():
@@ -357,7 +422,8 @@ class EngineSession(CacheRows):
             address = self._loaded.address(past, rows * self._row_bytes)
             self._loaded.bind_input(past, shape, address)
             self._loaded.bind(present, address)
-        logits = self._loaded.run({"logits": (*index.shape, self.config.vocab_size)})["logits"]
+        outputs = {"logits": (*index.shape, self.config.vocab_size)}
+        logits = self._loaded.run(outputs, is_repeated=is_decode)["logits"]
         self.past_length[:rows] += lengths
         return logits
 

@@ -215,7 +215,7 @@ def _engine_of(bundle: Bundle, backend: RuntimeBackend) -> Path | None:
         raise ConfigError(
             f"which engine? This bundle has {len(found)}",
             details={"bundle": bundle.folder, "got": names, "expected": "one, or one that is named"},
-            hint="name it: engine=PATH"
+            hint="name it: --engine PATH (in Python engine=PATH)"
             if found
             else f"make one: llama-export build {bundle.folder} --backend {backend}",
         )

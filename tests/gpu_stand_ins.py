@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,10 +47,43 @@ class FakeDriver:
 class FakeCuda:
     """The CUDA runtime over host memory."""
 
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)  # noqa: N815
 
     def __init__(self) -> None:
         self.memory: dict[int, Any] = {}
+        self.recorded: list[Callable[[], bool]] | None = None
+        """What the stream was given since its capture began; None: it is not captured."""
+        self.graphs: list[Any] = []
+        """Those that were not destroyed, graphs and what they were made into."""
+        self.launches = 0
+
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:  # noqa: N802
+        assert (stream, mode, self.recorded) == (7, 1, None)
+        self.recorded = []
+        return (0,)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[int, Any]:  # noqa: N802
+        recorded, self.recorded = self.recorded, None
+        self.graphs.append(recorded)
+        return 0, recorded
+
+    def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[int, Any]:  # noqa: N802
+        self.graphs.append(tuple(graph))
+        return 0, self.graphs[-1]
+
+    def cudaGraphLaunch(self, graph: Any, stream: int) -> tuple[int]:  # noqa: N802
+        self.launches += 1
+        return (0 if all(work() for work in graph) else 1,)
+
+    def cudaGraphDestroy(self, graph: Any) -> tuple[int]:  # noqa: N802
+        self.graphs.remove(graph)
+        return (0,)
+
+    cudaGraphExecDestroy = cudaGraphDestroy  # noqa: N815
+
+    def cudaGetLastError(self) -> tuple[int]:  # noqa: N802
+        return (0,)
 
     def cudaMalloc(self, nbytes: int) -> tuple[int, int]:  # noqa: N802
         buffer = (ctypes.c_ubyte * nbytes)(*([0xFF] * min(nbytes, 1 << 16)))  # NaN, so that a missing memset shows
@@ -92,6 +127,11 @@ class FakeEngine:
         inputs = [{**entry, "kind": "input", "alias_of": None} for entry in sidecar["weights"]["tensors"]]
         self.io, self.profiles = sidecar["io"] + inputs, list(sidecar["profiles"].values())
         self.num_io_tensors = len(self.io)
+        self.cuda: FakeCuda | None = None
+        """The runtime whose stream may be captured."""
+        self.is_capturable = True
+        self.enqueued = 0
+        """Runs that were not launched as a graph, the captured ones included."""
         self.used_profiles: list[int] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -120,21 +160,34 @@ class FakeEngine:
         self.addresses[name] = address
         return True
 
-    def array(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
-        pointer = ctypes.cast(self.addresses[name], ctypes.POINTER(ctypes.c_ubyte))
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return np.ctypeslib.as_array(pointer, (nbytes,)).view(dtype).reshape(shape)
-
     def execute_async_v3(self, stream: int) -> bool:
+        self.enqueued += 1
+        if self.cuda is not None and self.cuda.recorded is not None:
+            # A graph keeps shapes and addresses, and reads what is there when it is launched.
+            self.cuda.recorded.append(partial(self._compute, dict(self.shapes), dict(self.addresses)))
+            return self.is_capturable
+        return self._compute(self.shapes, self.addresses)
+
+    def _compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> bool:
+        shapes = {**shapes, **self.weights}
         inputs = [entry for entry in self.io if entry["kind"] == "input"]
-        shapes = {**self.shapes, **self.weights}
-        feeds = {e["name"]: self.array(e["name"], shapes[e["name"]], e["dtype"]).copy() for e in inputs}
+        feeds = {e["name"]: array_at(addresses[e["name"]], shapes[e["name"]], e["dtype"]).copy() for e in inputs}
         outputs = [entry for entry in self.io if entry["kind"] == "output"]
         for entry, value in zip(outputs, self.session.run([e["name"] for e in outputs], feeds), strict=True):
-            if entry["alias_of"] is not None and self.addresses[entry["name"]] != self.addresses[entry["alias_of"]]:
+            if entry["alias_of"] is not None and addresses[entry["name"]] != addresses[entry["alias_of"]]:
                 return False
-            self.array(entry["name"], value.shape, entry["dtype"])[...] = value
+            array_at(addresses[entry["name"]], value.shape, entry["dtype"])[...] = value
         return True
+
+
+def array_at(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
+    """A view of host memory."""
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return (
+        np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_ubyte)), (nbytes,))
+        .view(dtype)
+        .reshape(shape)
+    )
 
 
 def put_on_gpu(monkeypatch: pytest.MonkeyPatch, trt: Any, bundle: Bundle, path: Path) -> FakeEngine:
@@ -143,7 +196,12 @@ def put_on_gpu(monkeypatch: pytest.MonkeyPatch, trt: Any, bundle: Bundle, path: 
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: fake if data == path.read_bytes() else None)
     module = SimpleNamespace(ILogger=trt.ILogger, Runtime=lambda log: runtime, __version__=trt.__version__)
     monkeypatch.setattr(engine_session, "load_backend", lambda backend: module)
-    monkeypatch.setattr(engine_session, "load_cuda_runtime", lambda backend: FakeCuda())
+
+    def load_cuda_runtime(backend: str) -> FakeCuda:
+        fake.cuda = FakeCuda()
+        return fake.cuda
+
+    monkeypatch.setattr(engine_session, "load_cuda_runtime", load_cuda_runtime)
     monkeypatch.setattr(engine_session, "execution_blocker", lambda backend: None)
     monkeypatch.setattr(_tensorrt, "_load_driver", lambda: FakeDriver(8, 9))
     return fake

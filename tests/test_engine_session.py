@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from gpu_stand_ins import FakeDriver, FakeEngine, put_on_gpu
 
 from llama_export import _tensorrt
 from llama_export.bundle import Bundle, load_bundle
+from llama_export.cli import main
 from llama_export.config import TASKS, EngineConfig
 from llama_export.engine import build_engine
 from llama_export.engine_session import EngineHeadSession, EngineSession, execution_blocker
@@ -85,6 +87,41 @@ def test_session_prefills_and_decodes_in_place(built: dict[str, tuple[Bundle, Pa
     memory = session._loaded._cuda.memory
     session.close()
     assert not memory
+
+
+def test_decode_steps_are_launched_as_a_graph(built: dict[str, tuple[Bundle, Path]], fake_gpu: FakeEngine) -> None:
+    """From the third step on, until rows, profile or memory change; then once more from the beginning."""
+    bundle, path = built["float32"]
+    session = EngineSession(bundle, path, batch_size=2)
+    cuda = fake_gpu.cuda
+    assert cuda is not None
+    want = OnnxRuntimeSession(bundle, max_seq_len=CAPACITY, batch_size=2)
+    tokens = np.random.default_rng(0).integers(0, bundle.config.vocab_size, (2, 24))
+    # Columns of a step, rows; how often TensorRT was called, how often a graph was launched, how many there are.
+    steps = [
+        (4, 2, 1, 0, 0), (1, 2, 2, 0, 0), (1, 2, 3, 1, 1), (1, 2, 3, 2, 1), (1, 2, 3, 3, 1),
+        (1, 1, 4, 3, 0), (1, 1, 5, 4, 1), (1, 1, 5, 5, 1),
+        (3, 1, 6, 5, 0), (1, 1, 7, 5, 0), (1, 1, 8, 6, 1),
+    ]  # fmt: skip
+    at = 0
+    for width, rows, enqueued, launches, graphs in steps:
+        ids = tokens[:rows, at : at + width]
+        np.testing.assert_allclose(session.step(ids), want.step(ids), atol=1e-5)
+        assert (fake_gpu.enqueued, cuda.launches, len(cuda.graphs)) == (enqueued, launches, graphs)
+        at += width
+    session.close()
+    assert not cuda.graphs
+
+
+def test_an_engine_that_cannot_be_captured_is_run(built: dict[str, tuple[Bundle, Path]], fake_gpu: FakeEngine) -> None:
+    fake_gpu.is_capturable = False
+    bundle, path = built["float32"]
+    session, want = EngineSession(bundle, path), OnnxRuntimeSession(bundle, max_seq_len=CAPACITY)
+    for token in range(6):
+        np.testing.assert_allclose(session.step([[token]]), want.step([[token]]), atol=1e-5)
+    assert fake_gpu.cuda is not None
+    assert fake_gpu.cuda.launches == 0
+    assert fake_gpu.enqueued == 7, "one capture was tried"
 
 
 def test_rows_leave_the_batch_and_tokens_are_taken_back(
@@ -204,3 +241,63 @@ def test_cuda_failures_are_errors(fake_gpu: FakeEngine, built: dict[str, tuple[B
     with pytest.raises(ToolchainError, match="TensorRT could not run the engine"):
         session.step([[1]])
     assert session.past_length.tolist() == [0], "a step that failed has not happened"
+
+
+def test_commands_run_an_engine(
+    built: dict[str, tuple[Bundle, Path]], fake_gpu: FakeEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, path = built["float32"]
+    request = ["--tokens", "5,6,7", "--max-new-tokens", "6", "--json"]
+    answers = {}
+    for settings in (["--engine", path], ["--backend", "tensorrt-rtx"], ["--backend", "onnxruntime"]):
+        assert main(["run", str(bundle.folder), *map(str, settings), *request]) == 0
+        answers[str(settings[-1])] = json.loads(capsys.readouterr().out)
+    assert [answer["backend"] for answer in answers.values()] == ["tensorrt-rtx", "tensorrt-rtx", "onnxruntime-cpu"]
+    assert len({str(answer["tokens"]) for answer in answers.values()}) == 1
+    assert fake_gpu.cuda is not None
+    assert fake_gpu.cuda.launches > 0
+    command = [
+        "bench",
+        str(bundle.folder),
+        "--engine",
+        str(path),
+        "--prompt-tokens",
+        "5",
+        "--new-tokens",
+        "3",
+        "--runs",
+        "1",
+    ]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["backend"], result["kv_cache_capacity"], result["bandwidth_share"]) == (
+        "tensorrt-rtx",
+        CAPACITY,
+        None,
+    )
+    for refused, code, says in (
+        (["--engine", str(path), "--backend", "onnxruntime"], 2, "onnxruntime runs no engines"),
+        (["--engine", str(path), "--max-seq-len", "16"], 2, "an engine has no max_seq_len"),
+        (["--engine", str(path) + "x"], 2, "hint: "),
+        (["--backend", "onnxruntime-cuda"], 3, "onnxruntime cannot use CUDA here"),
+        (["--backend", "onnxruntime-cuda", "--quantize", "int8"], 2, "quantised weights run on a CPU only"),
+        (["--engine", str(path), "--max-new-tokens", str(CAPACITY)], 2, f"this one holds {CAPACITY}"),
+    ):
+        assert main(["run", str(bundle.folder), *request, *refused]) == code
+        out, err = capsys.readouterr()
+        assert says in err
+        assert json.loads(out)["error"]["exit_code"] == code
+
+
+def test_run_takes_an_engine_of_a_head(
+    head: tuple[Bundle, Path], on_a_gpu: PutOnGpu, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, path = head
+    on_a_gpu(bundle, path)
+    answers = []
+    for settings in (["--engine", str(path)], ["--backend", "onnxruntime"]):
+        assert main(["run", str(bundle.folder), "--tokens", "5,6,7", "--json", *settings]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert [answer.pop("backend") for answer in answers] == ["tensorrt-rtx", "onnxruntime-cpu"]
+    for name in set(answers[0]) - {"task", "seconds"}:
+        np.testing.assert_allclose(answers[0][name], answers[1][name], atol=1e-4)

@@ -265,7 +265,7 @@ def _check_request(
                 "max_new_tokens": params[row].max_new_tokens,
                 "kv_cache_capacity": session.capacity,
             },
-            hint="raise --max-seq-len, shorten the prompt, or lower --max-new-tokens",
+            hint="raise --max-seq-len (of an engine: build it with more), shorten the prompt, or lower --max-new-tokens",
         )
     vocab_size = session.config.vocab_size
     for prompt, wanted in zip(prompts, params, strict=True):
