@@ -6,17 +6,19 @@ Each cache tensor is one buffer, bound as ``past_key_values.*`` *and* as ``prese
 is run, in float32: its GroupQueryAttention writes S tokens into the buffer, copies nothing, and reads the valid tokens only,
 whatever the capacity. On CUDA, where that operator has no float32, ``model.onnx`` is run, in the bundle's dtype: its
 TensorScatter writes into the buffer likewise. **CUDA sessions were not run on a GPU**; what could be proven without one is
-in ``docs/decisions.md``.
+decision 50 in ``docs/decisions.md``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import math
+import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -78,10 +80,14 @@ class CacheRows(ABC):
                 },
                 hint="name each row of the batch that goes on",
             )
-        for new, old in enumerate(rows):  # new <= old: nothing is overwritten before it is moved
-            if new != old:
-                self._move_row(new, old, int(self.past_length[old]))
+        # new <= old: nothing is overwritten before it is moved
+        self._move_rows([(new, old, int(self.past_length[old])) for new, old in enumerate(rows) if new != old])
         self.past_length = self.past_length[list(rows)]
+
+    def _move_rows(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        """Moves rows one after the other; each is (new, old, length)."""
+        for new, old, length in moves:
+            self._move_row(new, old, length)
 
     @abstractmethod
     def _move_row(self, new: int, old: int, length: int) -> None:
@@ -105,7 +111,8 @@ class OnnxRuntimeSession(CacheRows):
         ConfigError: a task without a cache, or quantised weights on CUDA.
         MissingDependencyError: no onnxruntime.
         ShapeError: a capacity or batch below 1, or a capacity beyond ``max_position_embeddings``.
-        ToolchainError: onnxruntime cannot open the graph, or has no such device; its message is attached.
+        ToolchainError: onnxruntime cannot open the graph, has no such device, or the device no memory for the cache; its
+            message is attached.
     """
 
     def __init__(
@@ -155,7 +162,7 @@ class OnnxRuntimeSession(CacheRows):
     def _allocate(self, rows: int) -> None:
         """New buffers, of zeros: what lies behind the valid tokens must be finite for the standard Attention operator."""
         shape = cache_shape(self.config, rows, self.capacity)
-        make = _HostBuffer if self._device == "cpu" else partial(_CudaBuffer, self._graph.onnxruntime)
+        make = _HostBuffer if self._device == "cpu" else partial(_CudaBuffer, self._graph.session)
         self._buffers = {past: make(shape, self._cache_dtype) for past, _ in self._names}
         self._bound = slice(0, 0)
         self.past_length = np.zeros(rows, np.int64)
@@ -179,8 +186,12 @@ class OnnxRuntimeSession(CacheRows):
             self.past_length = np.zeros(rows, np.int64)
 
     def _move_row(self, new: int, old: int, length: int) -> None:
-        for buffer in self._buffers.values():
-            buffer.move_row(new, old, length)
+        self._move_rows([(new, old, length)])
+
+    def _move_rows(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        if moves:
+            for buffer in self._buffers.values():
+                buffer.move_rows(moves)
 
     def step(
         self,
@@ -237,11 +248,7 @@ class OnnxRuntimeSession(CacheRows):
         try:
             self._graph.session.run_with_iobinding(self._binding)
         except Exception as err:
-            raise ToolchainError(
-                "onnxruntime cannot run this bundle",
-                details={"inputs": {name: list(array.shape) for name, array in feeds.items()}, "reason": err},
-                hint="`llama-export validate` names the stage that breaks; else export again",
-            ) from err
+            raise _cannot_run(feeds, err) from err
         logits: Float32Array = self._binding.get_outputs()[-1].numpy()
         return logits
 
@@ -294,8 +301,8 @@ class _Buffer(ABC):
         """Where a row begins, in the device's memory."""
 
     @abstractmethod
-    def move_row(self, new: int, old: int, length: int) -> None:
-        """Copies the first ``length`` tokens of row ``old`` to row ``new``."""
+    def move_rows(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        """For each (new, old, length), in this order: copies the first ``length`` tokens of row ``old`` to row ``new``."""
 
     @abstractmethod
     def array(self) -> Float32Array:
@@ -313,34 +320,49 @@ class _HostBuffer(_Buffer):
     def address(self, row: int) -> int:
         return int(self._array.ctypes.data) + row * self._row_bytes
 
-    def move_row(self, new: int, old: int, length: int) -> None:
-        self._array[new, :, :length] = self._array[old, :, :length]
+    def move_rows(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        for new, old, length in moves:
+            self._array[new, :, :length] = self._array[old, :, :length]
 
     def array(self) -> Float32Array:
         return self._array
 
 
 class _CudaBuffer(_Buffer):
-    """Bytes on the GPU that onnxruntime's CUDA provider allocates.
+    """Bytes on the GPU, from the memory of the session that runs over them.
 
     Args:
-        onnxruntime: the module.
+        session: an ``InferenceSession`` on CUDA.
         shape, dtype: see :class:`_Buffer`.
+
+    Raises:
+        ToolchainError: the GPU has no room for it.
     """
 
-    def __init__(self, onnxruntime: Any, shape: tuple[int, ...], dtype: str) -> None:
+    def __init__(self, session: Any, shape: tuple[int, ...], dtype: str) -> None:
         super().__init__(shape, dtype)
-        self._bytes = onnxruntime.OrtValue.ortvalue_from_numpy(
-            np.zeros(shape[0] * self._row_bytes, np.uint8), "cuda", 0
-        )
+        size = shape[0] * self._row_bytes
+        try:
+            self._bytes = session.create_ortvalue_from_shape_and_type([size], np.uint8, "cuda", 0)
+        except Exception as err:
+            raise ToolchainError(
+                "the GPU's memory does not hold this cache",
+                details={
+                    "one tensor": f"{list(shape)} of {dtype}, {size / 1e9:.2f} GB; each layer has two",
+                    "reason": err,
+                },
+                hint="fewer prompts at once, or a smaller --max-seq-len",
+            ) from err
+        self._bytes.update_inplace(np.zeros(size, np.uint8))
 
     def address(self, row: int) -> int:
         return int(self._bytes.data_ptr()) + row * self._row_bytes
 
-    def move_row(self, new: int, old: int, length: int) -> None:
-        # Through the host: rows leave a batch once each, and onnxruntime copies whole tensors only.
+    def move_rows(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        # Through the host, once there and back for all of them: onnxruntime copies whole tensors only.
         rows = self._bytes.numpy().reshape(self.shape[0], self._row_bytes)
-        rows[new] = rows[old]
+        for new, old, _ in moves:
+            rows[new] = rows[old]
         self._bytes.update_inplace(rows.reshape(-1))
 
     def array(self) -> Float32Array:
@@ -468,14 +490,11 @@ class OnnxRuntimeHeadSession:
             ToolchainError: onnxruntime cannot compute the graph; its message is attached.
         """  # fmt: skip
         ids, mask = checked_texts(input_ids, attention_mask, self.config, self.task)
+        feeds = {"input_ids": ids, "attention_mask": mask}
         try:
-            found = self._session.run(self._outputs, {"input_ids": ids, "attention_mask": mask})
+            found = self._session.run(self._outputs, feeds)
         except Exception as err:
-            raise ToolchainError(
-                "onnxruntime cannot run this bundle",
-                details={"inputs": {"input_ids": list(ids.shape)}, "reason": err},
-                hint="`llama-export validate` names the stage that breaks; else export again",
-            ) from err
+            raise _cannot_run(feeds, err) from err
         return dict(zip(self._outputs, found, strict=True))
 
 
@@ -512,6 +531,17 @@ def checked_texts(
         )
     check_token_ids(ids, config.vocab_size)
     return ids, mask
+
+
+def _cannot_run(feeds: Mapping[str, Int64Array], err: Exception) -> ToolchainError:
+    hint = "`llama-export validate` names the stage that breaks; else export again"
+    if "cuDNN" in str(err):  # the greatest valid position, for the heads that pool
+        hint = "pip install 'nvidia-cudnn-cu13~=9.0': onnxruntime computes an operator of this head by cuDNN"
+    return ToolchainError(
+        "onnxruntime cannot run this bundle",
+        details={"inputs": {name: list(array.shape) for name, array in feeds.items()}, "reason": err},
+        hint=hint,
+    )
 
 
 class OpenGraph(NamedTuple):
@@ -589,23 +619,44 @@ def _open_on_cuda(onnxruntime: Any, bundle: Bundle, threads: int | None, variant
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         onnxruntime.preload_dlls(directory="")  # CUDA's libraries from their own wheels, where those are installed
     if _CUDA in onnxruntime.get_available_providers():
-        options = _session_options(onnxruntime, threads)
-        options.log_severity_level = 4  # why CUDA does not start is said below
-        session = _open(onnxruntime, bundle.model_path, options, [_CUDA, "CPUExecutionProvider"])
+        onnxruntime.set_default_logger_severity(4)  # why CUDA does not start is said below
+        try:
+            session = _open(
+                onnxruntime,
+                bundle.model_path,
+                _session_options(onnxruntime, threads),
+                [(_CUDA, _CUDA_OPTIONS), "CPUExecutionProvider"],
+            )
+        finally:
+            onnxruntime.set_default_logger_severity(2)  # onnxruntime's default
     if session is None or _CUDA not in session.get_providers():  # onnxruntime would go on with the CPU
         raise ToolchainError(
             "onnxruntime cannot use CUDA here",
             details={
                 "onnxruntime": f"{onnxruntime.__version__}, built for {', '.join(onnxruntime.get_available_providers())}",
+                "NVIDIA driver": _driver(),
                 **numbered("message", printed.getvalue().splitlines()),
             },
             hint="pip install 'llama-export[cuda]' into an environment without the package `onnxruntime`, on a machine with "
-            "an NVIDIA driver; `llama-export env` shows both",
+            "an NVIDIA driver; `llama-export env` lists what is installed",
         )
     return OpenGraph(onnxruntime, session, None)
 
 
+def _driver() -> str:
+    """Whether the NVIDIA driver's library can be loaded, or why not."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError as err:
+        return str(err)
+    return "found"
+
+
 _CUDA = "CUDAExecutionProvider"
+_CUDA_OPTIONS = {
+    "use_tf32": "0",  # on by default: float32 products would round their inputs to 10 bits
+    "arena_extend_strategy": "kSameAsRequested",  # by default it doubles what it takes: 537 MB for 350
+}
 
 
 def _session_options(onnxruntime: Any, threads: int | None) -> Any:
@@ -616,7 +667,7 @@ def _session_options(onnxruntime: Any, threads: int | None) -> Any:
     return options
 
 
-def _open(onnxruntime: Any, path: Path, options: Any, providers: list[str], **more: Any) -> Any:
+def _open(onnxruntime: Any, path: Path, options: Any, providers: Sequence[Any], **more: Any) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers, **more)
     except Exception as err:
