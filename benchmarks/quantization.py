@@ -39,7 +39,7 @@ from llama_export.config import ExportConfig
 from llama_export.export import export_checkpoint
 from llama_export.quantization import DOMAIN, SCHEMES, Scheme, quantize_bundle
 from llama_export.runtime import OnnxRuntimeSession, generate
-from llama_export.runtime.session import OpenGraph
+from llama_export.runtime.graph import OpenGraph
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "quantization.md"
 RESULTS = Path(__file__).parent / "results" / "quantization"

@@ -26,8 +26,7 @@ from processes import in_fresh_process, log, machine
 
 import llama_export
 from llama_export._process import resident_bytes
-from llama_export.runtime import generate
-from llama_export.runtime import session as sessions
+from llama_export.runtime import generate, graph
 
 PROMPT, NEW_TOKENS, CAPACITY = 512, 64, 1024
 
@@ -66,7 +65,7 @@ class Measured:
 def measure(bundle: str, quantize: str | None, threads: int, way: str) -> Measured:
     """A process's whole life, with one thing as it would be otherwise."""
     rng = np.random.default_rng(0)
-    with mock.patch.multiple(sessions, **WAYS[way]) if WAYS[way] else contextlib.nullcontext():
+    with mock.patch.multiple(graph, **WAYS[way]) if WAYS[way] else contextlib.nullcontext():
         start = time.perf_counter()
         llm = llama_export.load(bundle, backend="onnxruntime", max_seq_len=CAPACITY, threads=threads, quantize=quantize)
         opened = time.perf_counter()

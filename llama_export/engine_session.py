@@ -44,7 +44,8 @@ from llama_export.engine_weights import bundle_tensors
 from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError, ToolchainError, numbered
 from llama_export.graph_io import INTERFACES
 from llama_export.kv_cache import cache_names, cache_shape
-from llama_export.runtime.session import CacheRows, Float32Array, Int64Array, checked_step, checked_texts, widened
+from llama_export.runtime.buffers import Float32Array, widened
+from llama_export.runtime.session import CacheRows, Int64Array, checked_step, checked_texts
 
 __all__ = ["EngineHeadSession", "EngineSession", "execution_blocker"]
 

@@ -24,9 +24,10 @@ from llama_export.bundle import Bundle, load_bundle
 from llama_export.config import BACKENDS, RUNTIME_BACKENDS, RuntimeBackend, load_json_object
 from llama_export.errors import ConfigError
 from llama_export.runtime.generation import FinishReason, TokenEvent, generate_steps
+from llama_export.runtime.graph import Device
 from llama_export.runtime.protocol import CacheSession, HeadSession
 from llama_export.runtime.sampling import SamplingParams, TokenLogprobs
-from llama_export.runtime.session import Device, OnnxRuntimeHeadSession, OnnxRuntimeSession
+from llama_export.runtime.session import OnnxRuntimeHeadSession, OnnxRuntimeSession
 from llama_export.runtime.text import TextCodec
 
 if TYPE_CHECKING:

@@ -36,8 +36,10 @@ sys.path.insert(0, str(ROOT))
 
 from llama_export.bundle import Bundle, load_bundle  # noqa: E402
 from llama_export.errors import LlamaExportError, ToolchainError  # noqa: E402
-from llama_export.runtime import session as session_module  # noqa: E402
-from llama_export.runtime.session import OnnxRuntimeHeadSession, OnnxRuntimeSession, open_graph, widened  # noqa: E402
+from llama_export.runtime import graph as graph_module  # noqa: E402
+from llama_export.runtime.buffers import ONNX_DTYPES, widened  # noqa: E402
+from llama_export.runtime.graph import open_graph  # noqa: E402
+from llama_export.runtime.session import OnnxRuntimeHeadSession, OnnxRuntimeSession  # noqa: E402
 
 SOURCE = Path(__file__).with_name("cuda_stand_in.c")
 ROWS = 2
@@ -158,8 +160,8 @@ class Proof:
         options.log_severity_level = 4
         target = self._scratch / "optimised.onnx"
         options.optimized_model_filepath = str(target)
-        session_module._open(
-            onnxruntime, path, options, [(session_module._CUDA, session_module._CUDA_OPTIONS), "CPUExecutionProvider"]
+        graph_module._open(
+            onnxruntime, path, options, [(graph_module._CUDA, graph_module._CUDA_OPTIONS), "CPUExecutionProvider"]
         )
         data = target.read_bytes()
         # A node's operator is field 4, a string; fields hold their length.
@@ -167,7 +169,7 @@ class Proof:
 
     def _placement(self, run: Callable[[], Any]) -> None:
         """Which operator ran where, by onnxruntime's own profile of a run."""
-        usual = session_module._session_options
+        usual = graph_module._session_options
 
         def profiled(onnxruntime: Any, threads: int | None) -> Any:
             options = usual(onnxruntime, threads)
@@ -175,11 +177,11 @@ class Proof:
             options.profile_file_prefix = str(self._scratch / "profile")
             return options
 
-        session_module._session_options = profiled
+        graph_module._session_options = profiled
         try:
             profile = run().end_profiling()
         finally:
-            session_module._session_options = usual
+            graph_module._session_options = usual
         events = json.loads(Path(profile).read_text(encoding="utf-8"))
         nodes = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
         places = {"CUDAExecutionProvider": Counter[str](), "CPUExecutionProvider": Counter[str]()}
@@ -283,7 +285,7 @@ class Proof:
         session._bind_cache(slice(0, ROWS))
         shape = next(iter(other._buffers.values())).shape
         for past, present in session._names:
-            dtype = session_module._ONNX_DTYPES[self._bundle.dtype]
+            dtype = ONNX_DTYPES[self._bundle.dtype]
             session._binding.bind_output(present, "cuda", 0, dtype, shape, other._buffers[past].address(0))
         self._stepped(session)
         counts = self._stand_in.count(lambda: session.step(np.ones((ROWS, 1), np.int64)))
@@ -296,12 +298,12 @@ class Proof:
         self._judge("products rounded to TF32", f"{counts['tf32']} of {counts['products']}", "0", counts["tf32"] == 0)
         if self._bundle.dtype != "float32":
             return
-        ours = session_module._CUDA_OPTIONS
-        session_module._CUDA_OPTIONS = {}
+        ours = graph_module._CUDA_OPTIONS
+        graph_module._CUDA_OPTIONS = {}
         try:
             usual = self._session(session.capacity)
         finally:
-            session_module._CUDA_OPTIONS = ours
+            graph_module._CUDA_OPTIONS = ours
         counts = self._stand_in.count(lambda: usual.step(np.ones((ROWS, 1), np.int64)))
         self._judge(
             "control: with onnxruntime's own settings",

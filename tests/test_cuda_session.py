@@ -17,7 +17,9 @@ import pytest
 from llama_export.bundle import Bundle
 from llama_export.errors import ConfigError, ShapeError, ToolchainError
 from llama_export.runtime import OnnxRuntimeHeadSession, OnnxRuntimeSession
+from llama_export.runtime import graph as graph_module
 from llama_export.runtime import session as session_module
+from llama_export.runtime.buffers import widened as widened_bytes
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -128,7 +130,7 @@ def test_without_cuda_a_sentence_says_so(
 ) -> None:
     module = FakeOnnxRuntime(providers, work)
     monkeypatch.setitem(sys.modules, "onnxruntime", module)
-    monkeypatch.setattr(session_module, "_driver", lambda: "libcuda.so.1: cannot open shared object file")
+    monkeypatch.setattr(graph_module, "_driver", lambda: "libcuda.so.1: cannot open shared object file")
     with pytest.raises(ToolchainError, match="cannot use CUDA here") as caught:
         OnnxRuntimeSession(tiny_bundles["float32"], max_seq_len=16, device="cuda")
     text = str(caught.value)
@@ -233,11 +235,11 @@ def test_bytes_are_widened_exactly() -> None:
     for dtype in ("float16", "bfloat16"):
         values = bits.view(DTYPES[dtype])
         numbers = ~np.isnan(values.astype(np.float32))
-        widened = session_module.widened(bits.view(np.uint8), dtype)
+        widened = widened_bytes(bits.view(np.uint8), dtype)
         np.testing.assert_array_equal(widened[numbers], values.astype(np.float32)[numbers])
         assert np.isnan(widened[~numbers]).all()
     floats = np.array([0, -0.0, 1e-45, np.pi, np.inf], np.float32)
-    np.testing.assert_array_equal(session_module.widened(floats.view(np.uint8), "float32"), floats)
+    np.testing.assert_array_equal(widened_bytes(floats.view(np.uint8), "float32"), floats)
 
 
 def test_an_operator_that_needs_cudnn_is_answered_with_its_package() -> None:

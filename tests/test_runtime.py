@@ -24,7 +24,7 @@ from llama_export.export import export_checkpoint
 from llama_export.model import load_reference
 from llama_export.parity.sessions import reference_session
 from llama_export.runtime import OnnxRuntimeSession, TextCodec
-from llama_export.runtime import session as session_module
+from llama_export.runtime import graph as graph_module
 from llama_export.runtime.text import TextStream
 
 V = TINY["vocab_size"]
@@ -485,7 +485,7 @@ def test_weights_that_memory_cannot_hold_widened_are_widened_as_they_are_used(
     monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
     logits, notes = [], []
     for free in (1 << 40, 100_000):
-        monkeypatch.setattr(session_module, "available_memory", lambda free=free: free)
+        monkeypatch.setattr(graph_module, "available_memory", lambda free=free: free)
         session = OnnxRuntimeSession(bundle, max_seq_len=16)
         logits.append(session.step([[3, 1, 4]]))
         notes.append(session.note)

@@ -29,7 +29,7 @@ from llama_export.errors import ConfigError, LlamaExportError, MissingDependency
 from llama_export.parity.metrics import Difference
 from llama_export.parity.result import LogitsSample, Stage, Tolerance
 from llama_export.plugins import find_library, kernels_installed
-from llama_export.runtime.session import OpenGraph, open_graph
+from llama_export.runtime.graph import OpenGraph, open_graph
 
 try:
     import torch

@@ -34,7 +34,7 @@ from llama_export.parity.metrics import difference
 from llama_export.parity.result import Stage, Tolerance
 from llama_export.quantization import CANDIDATES
 from llama_export.runtime import OnnxRuntimeSession
-from llama_export.runtime.session import OpenGraph, open_graph
+from llama_export.runtime.graph import OpenGraph, open_graph
 
 try:
     import onnx

@@ -22,7 +22,7 @@ from llama_export.model import LlamaForCausalLM
 from llama_export.parity.calls import Answers, Call
 from llama_export.parity.evaluator import GraphEvaluator
 from llama_export.parity.tensors import to_numpy
-from llama_export.runtime.session import OpenGraph
+from llama_export.runtime.graph import OpenGraph
 
 Array = NDArray[Any]
 

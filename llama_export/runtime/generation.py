@@ -14,9 +14,10 @@ from typing import Literal
 import numpy as np
 
 from llama_export.errors import ConfigError, ShapeError
+from llama_export.runtime.buffers import Float32Array
 from llama_export.runtime.protocol import CacheSession
 from llama_export.runtime.sampling import Sampler, SamplingParams, TokenLogprobs, token_logprobs
-from llama_export.runtime.session import Float32Array, Int64Array, check_token_ids
+from llama_export.runtime.session import Int64Array, check_token_ids
 from llama_export.runtime.text import TextCodec
 
 FinishReason = Literal["stop", "length"]

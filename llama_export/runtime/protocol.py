@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from llama_export.config import LlamaConfig
-from llama_export.runtime.session import Float32Array, Int64Array
+from llama_export.runtime.buffers import Float32Array
+from llama_export.runtime.session import Int64Array
 
 
 class Session(Protocol):

@@ -11,32 +11,22 @@ decision 50 in ``docs/decisions.md``.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import io
-import math
-import sys
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_export._huge_pages import gather_huge_pages
-from llama_export._process import available_memory, trim_heap
 from llama_export.bundle import Bundle
-from llama_export.config import LlamaConfig, count_parameters
-from llama_export.errors import ConfigError, MissingDependencyError, ShapeError, ToolchainError, numbered
+from llama_export.config import LlamaConfig
+from llama_export.errors import ConfigError, ShapeError, ToolchainError
 from llama_export.graph_io import INTERFACES, is_single_text
 from llama_export.kv_cache import cache_names, cache_shape
+from llama_export.runtime.buffers import ONNX_DTYPES, CacheBuffer, CudaBuffer, Float32Array, HostBuffer
+from llama_export.runtime.graph import Device, OpenGraph, open_graph
 
 Int64Array = NDArray[np.int64]
-Float32Array = NDArray[np.float32]
-Device = Literal["cpu", "cuda"]
 
 
 class CacheRows(ABC):
@@ -150,7 +140,7 @@ class OnnxRuntimeSession(CacheRows):
         """What a user must know about precision and speed of this session, if anything."""
         self._binding = self._graph.session.io_binding()
         self._names = list(cache_names(self.config.num_hidden_layers))
-        self._buffers: dict[str, _Buffer] = {}
+        self._buffers: dict[str, CacheBuffer] = {}
         """Graph input name -> the buffer [B, G, C, D] that is both past and present."""
         self._allocate(batch_size)
 
@@ -162,7 +152,7 @@ class OnnxRuntimeSession(CacheRows):
     def _allocate(self, rows: int) -> None:
         """New buffers, of zeros: what lies behind the valid tokens must be finite for the standard Attention operator."""
         shape = cache_shape(self.config, rows, self.capacity)
-        make = _HostBuffer if self._device == "cpu" else partial(_CudaBuffer, self._graph.session)
+        make = HostBuffer if self._device == "cpu" else partial(CudaBuffer, self._graph.session)
         self._buffers = {past: make(shape, self._cache_dtype) for past, _ in self._names}
         self._bound = slice(0, 0)
         self.past_length = np.zeros(rows, np.int64)
@@ -257,7 +247,7 @@ class OnnxRuntimeSession(CacheRows):
         if rows == self._bound:
             return
         shape = cache_shape(self.config, rows.stop - rows.start, self.capacity)
-        dtype = _ONNX_DTYPES[self._cache_dtype]
+        dtype = ONNX_DTYPES[self._cache_dtype]
         # The outputs keep the order in which they were bound first: the cache, then the logits.
         for past, present in self._names:
             address = self._buffers[past].address(rows.start)
@@ -278,107 +268,6 @@ class OnnxRuntimeSession(CacheRows):
     def cache_array(self, name: str) -> Float32Array:
         """One cache tensor [B, G, C, D], widened to float32: on a CPU a view. ``name`` is e.g. ``past_key_values.0.key``."""
         return self._buffers[name].array()[: self.batch_size]
-
-
-_ONNX_DTYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
-"""``TensorProto.DataType``: NumPy has no bfloat16."""
-
-
-class _Buffer(ABC):
-    """One cache tensor [B, G, C, D] of zeros.
-
-    Args:
-        shape: [B, G, C, D].
-        dtype: of its elements.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
-        self.shape, self.dtype = shape, dtype
-        self._row_bytes = math.prod(shape[1:]) * (4 if dtype == "float32" else 2)
-
-    @abstractmethod
-    def address(self, row: int) -> int:
-        """Where a row begins, in the device's memory."""
-
-    @abstractmethod
-    def move_rows(self, moves: Sequence[tuple[int, int, int]]) -> None:
-        """For each (new, old, length), in this order: copies the first ``length`` tokens of row ``old`` to row ``new``."""
-
-    @abstractmethod
-    def array(self) -> Float32Array:
-        """All of it in the host's memory."""
-
-
-class _HostBuffer(_Buffer):
-    """In float32. The system gives memory to the pages of a zeroed array only when they are first written, so a capacity that
-    is never reached costs nothing."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
-        super().__init__(shape, dtype)
-        self._array: Float32Array = np.zeros(shape, np.float32)
-
-    def address(self, row: int) -> int:
-        return int(self._array.ctypes.data) + row * self._row_bytes
-
-    def move_rows(self, moves: Sequence[tuple[int, int, int]]) -> None:
-        for new, old, length in moves:
-            self._array[new, :, :length] = self._array[old, :, :length]
-
-    def array(self) -> Float32Array:
-        return self._array
-
-
-class _CudaBuffer(_Buffer):
-    """Bytes on the GPU, from the memory of the session that runs over them.
-
-    Args:
-        session: an ``InferenceSession`` on CUDA.
-        shape, dtype: see :class:`_Buffer`.
-
-    Raises:
-        ToolchainError: the GPU has no room for it.
-    """
-
-    def __init__(self, session: Any, shape: tuple[int, ...], dtype: str) -> None:
-        super().__init__(shape, dtype)
-        size = shape[0] * self._row_bytes
-        try:
-            self._bytes = session.create_ortvalue_from_shape_and_type([size], np.uint8, "cuda", 0)
-        except Exception as err:
-            raise ToolchainError(
-                "the GPU's memory does not hold this cache",
-                details={
-                    "one tensor": f"{list(shape)} of {dtype}, {size / 1e9:.2f} GB; each layer has two",
-                    "reason": err,
-                },
-                hint="fewer prompts at once, or a smaller --max-seq-len",
-            ) from err
-        self._bytes.update_inplace(np.zeros(size, np.uint8))
-
-    def address(self, row: int) -> int:
-        return int(self._bytes.data_ptr()) + row * self._row_bytes
-
-    def move_rows(self, moves: Sequence[tuple[int, int, int]]) -> None:
-        # Through the host, once there and back for all of them: onnxruntime copies whole tensors only.
-        rows = self._bytes.numpy().reshape(self.shape[0], self._row_bytes)
-        for new, old, _ in moves:
-            rows[new] = rows[old]
-        self._bytes.update_inplace(rows.reshape(-1))
-
-    def array(self) -> Float32Array:
-        return widened(self._bytes.numpy(), self.dtype).reshape(self.shape)
-
-
-def widened(raw: NDArray[Any], dtype: str) -> Float32Array:
-    """The float32 values of an array's bytes, exactly.
-
-    Args:
-        raw: contiguous, of any type.
-        dtype: what its bytes are: float32, float16 or bfloat16.
-    """
-    if dtype == "bfloat16":  # the upper half of a float32
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return raw.view(dtype).astype(np.float32)
 
 
 def checked_step(
@@ -542,159 +431,6 @@ def _cannot_run(feeds: Mapping[str, Int64Array], err: Exception) -> ToolchainErr
         details={"inputs": {name: list(array.shape) for name, array in feeds.items()}, "reason": err},
         hint=hint,
     )
-
-
-class OpenGraph(NamedTuple):
-    """A bundle's graph, opened by onnxruntime."""
-
-    onnxruntime: Any
-    """The module."""
-    session: Any
-    """An ``InferenceSession``."""
-    note: str | None
-    """What a user must know about its precision and speed, if anything."""
-    settle: Callable[[], None] = lambda: None
-    """Waits until it runs as fast as it can."""
-
-
-def open_graph(
-    bundle: Bundle, threads: int | None = None, variant: str | None = None, device: Device = "cpu"
-) -> OpenGraph:
-    """Opens a bundle's graph: on a CPU one that computes in float32 whatever the weights are stored in.
-
-    16-bit weights are widened once, when the graph is opened, where memory allows: that takes 2.2 times the float32 weights
-    for a while, and the float32 weights for good. Else the file stays mapped and each weight is widened in every step:
-    an 8B model runs on a machine of 24 GB so, several times slower. Quantised weights are read as they are.
-
-    onnxruntime's arena is off: it grew with every new mix of shapes, and was no faster (``docs/decisions.md``).
-
-    Args:
-        bundle: from :func:`llama_export.bundle.load_bundle`.
-        threads: of onnxruntime's operators; None: one per core.
-        variant: ``int8`` or ``int4``: the bundle's quantised weights; None: its own.
-        device: what computes.
-
-    Raises:
-        ConfigError: the bundle has no such variant, or it is to run on CUDA.
-        MissingDependencyError: no onnxruntime.
-        ToolchainError: onnxruntime cannot open the graph, or has no such device; its message is attached.
-    """
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as err:
-        raise MissingDependencyError("onnxruntime", device) from err
-    if device == "cuda":
-        return _open_on_cuda(onnxruntime, bundle, threads, variant)
-    path = bundle.onnxruntime_path if variant is None else bundle.variant_path(variant)
-    options = _session_options(onnxruntime, threads)
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False  # of the arena; one for every shape that ever came
-    disabled, note = [], precision_note(bundle.dtype) if variant is None else None
-    available = available_memory()
-    size = 4 * count_parameters(bundle.config, bundle.task)  # type: ignore[arg-type]
-    if variant is None and _is_stored_narrow(bundle) and available is not None and _WIDENING * size > 0.9 * available:
-        disabled = ["ConstantFolding"]
-        note = (
-            f"this bundle runs in float32 on a CPU; widening its weights once takes {_WIDENING * size / 1e9:.0f} GB and "
-            f"{available / 1e9:.0f} GB are free, so they are widened in every step, which is slower"
-        )
-    session = _open(onnxruntime, path, options, ["CPUExecutionProvider"], disabled_optimizers=disabled)
-    trim_heap()  # of what packing the weights took for a while
-    if size < _GATHERED_FROM:
-        return OpenGraph(onnxruntime, session, note)
-    gathering = threading.Thread(target=gather_huge_pages, name="gather_huge_pages", daemon=True)
-    gathering.start()
-    return OpenGraph(onnxruntime, session, note, gathering.join)
-
-
-def _open_on_cuda(onnxruntime: Any, bundle: Bundle, threads: int | None, variant: str | None) -> OpenGraph:
-    """``model.onnx`` on the first GPU, all of its operators."""
-    if variant is not None:
-        raise ConfigError(
-            "quantised weights run on a CPU only",
-            details={"got": f"{variant} on CUDA", "bundle": bundle.folder},
-            hint="leave --quantize out, or choose the backend `onnxruntime`",
-        )
-    session = None
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        onnxruntime.preload_dlls(directory="")  # CUDA's libraries from their own wheels, where those are installed
-    if _CUDA in onnxruntime.get_available_providers():
-        onnxruntime.set_default_logger_severity(4)  # why CUDA does not start is said below
-        try:
-            session = _open(
-                onnxruntime,
-                bundle.model_path,
-                _session_options(onnxruntime, threads),
-                [(_CUDA, _CUDA_OPTIONS), "CPUExecutionProvider"],
-            )
-        finally:
-            onnxruntime.set_default_logger_severity(2)  # onnxruntime's default
-    if session is None or _CUDA not in session.get_providers():  # onnxruntime would go on with the CPU
-        raise ToolchainError(
-            "onnxruntime cannot use CUDA here",
-            details={
-                "onnxruntime": f"{onnxruntime.__version__}, built for {', '.join(onnxruntime.get_available_providers())}",
-                "NVIDIA driver": _driver(),
-                **numbered("message", printed.getvalue().splitlines()),
-            },
-            hint="pip install 'llama-export[cuda]' into an environment without the package `onnxruntime`, on a machine with "
-            "an NVIDIA driver; `llama-export env` lists what is installed",
-        )
-    return OpenGraph(onnxruntime, session, None)
-
-
-def _driver() -> str:
-    """Whether the NVIDIA driver's library can be loaded, or why not."""
-    try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError as err:
-        return str(err)
-    return "found"
-
-
-_CUDA = "CUDAExecutionProvider"
-_CUDA_OPTIONS = {
-    "use_tf32": "0",  # on by default: float32 products would round their inputs to 10 bits
-    "arena_extend_strategy": "kSameAsRequested",  # by default it doubles what it takes: 537 MB for 350
-}
-
-
-def _session_options(onnxruntime: Any, threads: int | None) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    return options
-
-
-def _open(onnxruntime: Any, path: Path, options: Any, providers: Sequence[Any], **more: Any) -> Any:
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers, **more)
-    except Exception as err:
-        raise ToolchainError(
-            "onnxruntime cannot open this bundle",
-            details={"file": path, "onnxruntime": onnxruntime.__version__, "reason": err},
-            hint="see the supported versions in pyproject.toml, extras `cpu` and `cuda`",
-        ) from err
-
-
-_GATHERED_FROM = 64 << 20
-"""Bytes of float32 weights from which huge pages are worth a thread: smaller ones stay in the processor's caches."""
-_WIDENING = 2.2
-"""Peak memory of onnxruntime 1.32's constant folding over the size of the float32 weights it makes (1.2B: 10.8 GB)."""
-
-
-def _is_stored_narrow(bundle: Bundle) -> bool:
-    """Whether the weights take clearly less than four bytes each."""
-    stored = sum(entry["size"] for entry in bundle.manifest["weights"]) or bundle.onnxruntime_path.stat().st_size
-    return bool(stored < 3 * count_parameters(bundle.config, bundle.task))  # type: ignore[arg-type]
-
-
-def precision_note(dtype: str) -> str | None:
-    """What a user must know about a CPU session's precision, if anything."""
-    if dtype == "float32":
-        return None
-    return f"this {dtype} bundle runs in float32 on a CPU: its weights are widened at load"
 
 
 def check_token_ids(ids: Int64Array | Sequence[int], vocab_size: int) -> None:
