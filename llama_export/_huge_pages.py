@@ -29,7 +29,7 @@ _GIVE_UP = {errno.EINVAL, errno.ENOSYS, errno.ENOMEM, errno.EPERM}
 
 
 def gather_huge_pages() -> int:
-    """Turns this process's own memory into huge pages, where every byte of one would be in use: it takes no more memory.
+    """Turns this process's own memory into huge pages, where each small page of one is in memory: it takes no more.
 
     Contents and addresses stay; other threads may go on. Does nothing where the system cannot (not Linux, before 6.1).
 

@@ -215,16 +215,15 @@ class LoadedEngine:
         self.call("cudaStreamBeginCapture", self._stream, mode)
         recorded = self._context.execute_async_v3(int(self._stream))
         status, graph = self._cuda.cudaStreamEndCapture(self._stream)
-        if (
-            not recorded or int(status) != 0
-        ):  # a layer that waits for the GPU, or allocates: each run is enqueued, as before
-            self._cuda.cudaGetLastError()
-            self._is_capturable = False
-            return
         try:
-            self._graph = self.call("cudaGraphInstantiate", graph, 0)
+            if recorded and int(status) == 0:
+                self._graph = self.call("cudaGraphInstantiate", graph, 0)
+            else:  # a layer that waits for the GPU, or allocates: each run is enqueued, as before
+                self._cuda.cudaGetLastError()
+                self._is_capturable = False
         finally:
-            self._cuda.cudaGraphDestroy(graph)
+            if int(status) == 0:
+                self._cuda.cudaGraphDestroy(graph)
 
     def _forget_graph(self) -> None:
         """Addresses, shapes and profile of a graph are those of its capture."""
@@ -277,8 +276,7 @@ class LoadedEngine:
 
     def close(self) -> None:
         """Frees the GPU memory of cache and inputs, and the graph; the engine's own goes with the object."""
-        if self._buffers:
-            self._forget_graph()
+        self._forget_graph()
         for address, _ in self._buffers.values():
             self._cuda.cudaFree(address)
         self._buffers.clear()
@@ -374,10 +372,11 @@ class EngineSession(CacheRows):
             self._zeroed_rows = rows
         self.past_length = np.zeros(rows, np.int64)
 
-    def _move_row(self, new: int, old: int, length: int) -> None:
+    def _move_rows(self, moves: Sequence[tuple[int, int, int]]) -> None:
         for past, _ in self._names:  # a row is strided by head: it moves as a whole, on the GPU
             begin = self._loaded.address(past, self._row_bytes)
-            self._loaded.move(begin + new * self._row_bytes, begin + old * self._row_bytes, self._row_bytes)
+            for new, old, _ in moves:
+                self._loaded.move(begin + new * self._row_bytes, begin + old * self._row_bytes, self._row_bytes)
 
     def step(
         self,

@@ -135,12 +135,11 @@ def open_session(
         from llama_export.engine_session import EngineSession
 
         return EngineSession(bundle, path)
-    capacity = min(bundle.config.max_length, max(DEFAULT_MAX_SEQ_LEN, request_tokens))
-    if max_seq_len is not None:
-        capacity = max_seq_len
+    default = min(bundle.config.max_length, max(DEFAULT_MAX_SEQ_LEN, request_tokens))
     return OnnxRuntimeSession(
-        bundle, max_seq_len=capacity, threads=threads, variant=quantize, device=_device_of(backend)
-    )
+        bundle, max_seq_len=default if max_seq_len is None else max_seq_len, threads=threads, variant=quantize,
+        device=_device_of(backend),
+    )  # fmt: skip
 
 
 def open_head_session(

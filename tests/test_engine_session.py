@@ -122,6 +122,7 @@ def test_an_engine_that_cannot_be_captured_is_run(built: dict[str, tuple[Bundle,
     assert fake_gpu.cuda is not None
     assert fake_gpu.cuda.launches == 0
     assert fake_gpu.enqueued == 7, "one capture was tried"
+    assert not fake_gpu.cuda.graphs, "and what came of it was destroyed"
 
 
 def test_rows_leave_the_batch_and_tokens_are_taken_back(

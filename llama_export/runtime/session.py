@@ -74,14 +74,10 @@ class CacheRows(ABC):
         self._move_rows([(new, old, int(self.past_length[old])) for new, old in enumerate(rows) if new != old])
         self.past_length = self.past_length[list(rows)]
 
-    def _move_rows(self, moves: Sequence[tuple[int, int, int]]) -> None:
-        """Moves rows one after the other; each is (new, old, length)."""
-        for new, old, length in moves:
-            self._move_row(new, old, length)
-
     @abstractmethod
-    def _move_row(self, new: int, old: int, length: int) -> None:
-        """Copies the first ``length`` tokens of row ``old`` to row ``new`` in every cache tensor."""
+    def _move_rows(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        """For each (new, old, length), in this order: copies the first ``length`` tokens of row ``old`` to row ``new`` in
+        every cache tensor."""
 
 
 class OnnxRuntimeSession(CacheRows):
@@ -174,9 +170,6 @@ class OnnxRuntimeSession(CacheRows):
             self._allocate(rows)
         else:
             self.past_length = np.zeros(rows, np.int64)
-
-    def _move_row(self, new: int, old: int, length: int) -> None:
-        self._move_rows([(new, old, length)])
 
     def _move_rows(self, moves: Sequence[tuple[int, int, int]]) -> None:
         if moves:
