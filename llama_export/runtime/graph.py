@@ -134,7 +134,7 @@ def _driver() -> str:
 _CUDA = "CUDAExecutionProvider"
 _CUDA_OPTIONS = {
     "use_tf32": "0",  # on by default: float32 products would round their inputs to 10 bits
-    "arena_extend_strategy": "kSameAsRequested",  # by default it doubles what it takes: 537 MB for 350
+    "arena_extend_strategy": "kSameAsRequested",  # by default it doubles what it takes
 }
 
 
