@@ -168,7 +168,7 @@ class Case:
     runtime: Runtime
     dtype: str
     custom_ops: str
-    """``eager`` or ``bodies``; or how the plugins' kernels run: ``interpreter``, ``enqueue``, ``gpu``."""
+    """``eager`` or ``bodies``; or how the plugins' kernels run: ``interpreter``, ``enqueue``, ``ptx``, ``gpu``."""
     inputs: Mapping[str, str]
     """Input -> dtype; ``input.N.npy`` in this order. 16-bit values are stored widened to float32."""
     limit_relative_l2: float

@@ -25,7 +25,7 @@ from llama_export.bundle import Bundle, sha256_of_file
 from llama_export.checkpoint import Checkpoint, load_checkpoint
 from llama_export.config import load_json_object
 from llama_export.engine_check import check_engine
-from llama_export.errors import ConfigError, LlamaExportError, MissingDependencyError
+from llama_export.errors import ConfigError, LlamaExportError, MissingDependencyError, ToolchainError
 from llama_export.parity.metrics import Difference
 from llama_export.parity.result import LogitsSample, Stage, Tolerance
 from llama_export.plugins import find_library, kernels_installed
@@ -371,28 +371,55 @@ def custom_kernels(how: str) -> Mapping[str, Callable[..., Any]]:
         NotRun: the plugins are not installed, or there is no GPU.
         ToolchainError: they are, and cannot be used.
     """
-    if (missing := kernels_installed(interpreted=how != "gpu")) is not None:
+    if (missing := kernels_installed(interpreted=how in ("interpreter", "enqueue"))) is not None:
         raise NotRun(missing)
     if how == "gpu" and not torch.cuda.is_available():
         raise NotRun("no GPU that PyTorch can use on this machine")
-    if how in ("enqueue", "gpu"):
+    if how in ("enqueue", "ptx", "gpu"):
         find_library()  # a library that is there and not usable is a failure, not a reason to look away
-        from llama_export_plugins.harness import enqueue_ops
+        from llama_export_plugins.harness import PTX_ONLY, PluginLibrary, enqueue_ops
 
-        found: Mapping[str, Callable[..., Any]] = enqueue_ops(device="cuda" if how == "gpu" else "cpu")
-        return found
+        if how != "ptx":
+            return _refusing(enqueue_ops(device="cuda" if how == "gpu" else "cpu"))
+        library = PluginLibrary(compute_capability=PTX_ONLY)
+        if library.variants["portable_chip"] is None:
+            raise NotRun("the plugin library carries no PTX: it was built with LLAMA_EXPORT_CHIPS and without 80 in it")
+        return _refusing(enqueue_ops(library=library))
     from llama_export_plugins.kernels.loop import kernel_ops
 
     interpreted: Mapping[str, Callable[..., Any]] = kernel_ops()
     return interpreted
 
 
+def _refusing(functions: Mapping[str, Callable[..., Any]]) -> Mapping[str, Callable[..., Any]]:
+    """What the library does wrong beside its numbers (a byte next to a tensor, a race, a refusal) as a sentence of ours: the
+    stage has failed then."""
+    from llama_export_plugins.harness import PluginError
+
+    def of(op: str) -> Callable[..., Any]:
+        def compute(*arguments: Any) -> Any:
+            try:
+                return functions[op](*arguments)
+            except PluginError as err:
+                raise ToolchainError(
+                    f"the plugin library did what a GPU need not forgive, in {op}",
+                    details={"got": err},
+                    hint="install the plugins again, or report this with the command that made the report",
+                ) from err
+
+        return compute
+
+    return {op: of(op) for op in functions}
+
+
 BY = {
     "interpreter": "the kernels under Triton's interpreter",
     "enqueue": "the plugin library's enqueue",
+    "ptx": "the plugin library's enqueue and its PTX, instruction by instruction on the CPU",
     "gpu": "the plugin library's enqueue and compiled kernels on the GPU",
 }
-"""How the custom ops are computed -> in words. The first two need no GPU: ``enqueue`` launches go to a stand-in driver."""
+"""How the custom ops are computed -> in words. Only ``gpu`` needs one: launches of ``enqueue`` go to a stand-in for the driver,
+which runs the kernels' source under the interpreter; those of ``ptx`` to one that executes the PTX the library hands it."""
 
 
 def some_layers(num_layers: int) -> list[int]:

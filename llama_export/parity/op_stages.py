@@ -109,7 +109,7 @@ def _tuple(found: Any) -> tuple[Tensor, ...]:
 
 
 def op_stage(how: str, functions: CustomOps | None = None) -> Callable[[Any], Stage]:
-    """``bodies``: the function bodies of ``model.onnx``; ``interpreter``, ``enqueue``: the plugins' kernels.
+    """``bodies``: the function bodies of ``model.onnx``; ``interpreter``, ``enqueue``, ``ptx``, ``gpu``: the plugins' kernels.
 
     Args:
         functions: judge these instead.

@@ -8,7 +8,7 @@ Each stage compares one artefact with an oracle, under a limit whose reason is s
 * ``evaluator/<dtype>``  the graph at 16 bits, held to the noise floor of that dtype
 * ``text/*``             both on a text of the user's: KL divergence and perplexity
 * ``kernels/*``          the graph with its custom ops computed by the plugins' kernels, on the CPU: under Triton's
-                         interpreter, and through the plugin library's own ``enqueue``
+                         interpreter, through the plugin library's own ``enqueue``, and by the PTX that it carries
 * ``engine/*``           every engine in the bundle: its structure here, its execution where a GPU allows
 """
 

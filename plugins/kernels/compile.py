@@ -15,6 +15,7 @@ Source: cubins are ELF; attributes in ``.nv.info`` (EIATTR_*) as ``cuobjdump -el
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -99,15 +100,30 @@ def compile_variant(variant: Variant, chip: int) -> Any:
         (index,): [["tt.divisibility", 16]] for index, (name, _) in enumerate(kernel.arguments) if variant.aligned(name)
     }
     constants = {(names.index(name),): value for name, value in variant.constexprs.items()}
-    return triton.compile(
-        ASTSource(function, signature=signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", chip, 32),
-        options={
-            "num_warps": variant.num_warps,
-            "num_stages": variant.num_stages,
-            "enable_fp_fusion": True,  # a * b + c rounded once: closer to exact; stated, because the default will change
-        },
-    )
+    with _without_line_tables():
+        return triton.compile(
+            ASTSource(function, signature=signature, constexprs=constants, attrs=aligned),
+            target=GPUTarget("cuda", chip, 32),
+            options={
+                "num_warps": variant.num_warps,
+                "num_stages": variant.num_stages,
+                "enable_fp_fusion": True,  # a * b + c rounded once: closer to exact; stated, because the default will change
+            },
+        )
+
+
+@contextlib.contextmanager
+def _without_line_tables() -> Iterator[None]:
+    """They double the size of a cubin, and name files of the machine that built it. Triton asks the environment."""
+    before = os.environ.get("TRITON_DISABLE_LINE_INFO")
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRITON_DISABLE_LINE_INFO"]
+        else:
+            os.environ["TRITON_DISABLE_LINE_INFO"] = before
 
 
 def check_compiled(variant: Variant, chip: int, compiled: Any) -> tuple[int, int]:
@@ -401,8 +417,6 @@ def main() -> int:
     parser.add_argument("--chips", default="", help="compute capabilities x 10, comma separated (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     arguments = parser.parse_args()
-    # Line tables double the size of a cubin, and name files of the machine that built it.
-    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     start = time.monotonic()
     try:
         images = write_all(arguments.out, parse_chips(arguments.chips), max(1, arguments.jobs))

@@ -2,8 +2,10 @@
 
     normed = round(x / sqrt(mean(x^2) + epsilon)) * weight
 
-Rows that fit a program's registers (``HIDDEN_SIZE`` elements, padded to a power of two) are read once; the variant for
-longer ones (``HIDDEN_SIZE`` = 0) reads them twice, ``BLOCK`` elements at a time.
+Rows that fit a program's registers (``HIDDEN_SIZE`` elements, padded to a power of two) are read once, 16 bytes at a time; the
+variant for longer ones (``HIDDEN_SIZE`` = 0) reads them twice, ``BLOCK`` elements at a time. So do all where E is no multiple of
+16: such rows are loaded element by element, and to hold one would double the registers of the kernel, whichever way it takes,
+and halve the programs that a GPU keeps under way.
 
 Numerics: squares, mean, root and quotient in float32; rounded to the model dtype before the weight, and again after it
 (the order of Hugging Face and of ONNX RMSNormalization). The residual sum is rounded before it is normalised.
@@ -16,6 +18,9 @@ import triton.language as tl
 
 from .numerics import round_to
 
+UNALIGNED_BLOCK = tl.constexpr(1024)
+"""Elements at a time where they are loaded one by one."""
+
 
 @triton.jit
 def rms_norm(
@@ -27,7 +32,7 @@ def rms_norm(
         size = hidden_size // 16 * 16
         normalise(hidden_states, None, weight, normed, None, num_rows, size, epsilon, HIDDEN_SIZE, ROWS, BLOCK)
     else:
-        normalise(hidden_states, None, weight, normed, None, num_rows, hidden_size, epsilon, HIDDEN_SIZE, ROWS, BLOCK)
+        normalise_unaligned(hidden_states, None, weight, normed, None, num_rows, hidden_size, epsilon, ROWS)
 
 
 @triton.jit
@@ -45,10 +50,7 @@ def add_rms_norm(
             hidden_states, residual, weight, normed, new_residual, num_rows, size, epsilon, HIDDEN_SIZE, ROWS, BLOCK
         )
     else:
-        normalise(
-            hidden_states, residual, weight, normed, new_residual, num_rows, hidden_size, epsilon,
-            HIDDEN_SIZE, ROWS, BLOCK,
-        )  # fmt: skip
+        normalise_unaligned(hidden_states, residual, weight, normed, new_residual, num_rows, hidden_size, epsilon, ROWS)
 
 
 @triton.jit
@@ -71,6 +73,18 @@ def normalise(
         if new_residual is not None:
             tl.store(new_residual + at, x.to(new_residual.dtype.element_ty), mask=live)  # rounded already
         store_weighted(x * inverse_rms[:, None], w[None, :], normed, at, live)
+
+
+@triton.jit
+def normalise_unaligned(
+    hidden_states, residual, weight, normed, new_residual, num_rows, hidden_size, epsilon, ROWS: tl.constexpr
+):
+    """The rows of one program, one after the other, where E is no multiple of 16."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for row in range(first, tl.minimum(first + ROWS, num_rows)):
+        normalise_long_row(
+            hidden_states, residual, weight, normed, new_residual, row, hidden_size, epsilon, UNALIGNED_BLOCK
+        )
 
 
 @triton.jit

@@ -1,10 +1,11 @@
 """Runs the plugin library's own run-time path: the calls TensorRT makes, from createPlugin to enqueue, made from Python.
 
-Without a GPU the library talks to a stand-in for the CUDA driver. It records every call, and a kernel launch runs the same
-Triton kernel under the interpreter, on host memory, with the grid, the scalars and the addresses that the C++ code passed.
-So the host code is judged in numbers: a swapped argument, a grid rounded down or a forgotten copy shows. What this cannot
-show: the compiled kernels themselves, and TensorRT. With a GPU (``device="cuda"``) the real driver launches the real
-kernels, through the same calls.
+Without a GPU the library talks to a stand-in for the CUDA driver. It records every call, and a kernel launch runs on host
+memory, with the grid, the scalars and the addresses that the C++ code passed. What runs depends on the image that the library
+loaded for the pretended GPU: PTX is executed as it stands (:mod:`.ptx`); for a cubin, which nothing here can execute, the Triton
+kernel it was made from runs under the interpreter. So host code and compiled code are judged in numbers: a swapped argument, a
+grid rounded down, a forgotten copy or barrier shows. What this cannot show: machine code, and TensorRT. With a GPU
+(``device="cuda"``) the real driver launches the real kernels, through the same calls.
 
 Every tensor a plugin is given lies between red zones that are checked afterwards; outputs and workspace start as NaN.
 """
@@ -28,8 +29,10 @@ import torch
 from torch import Tensor
 
 from llama_export_plugins import library_path
+from llama_export_plugins.ptx import Buffer, GlobalMemory, Program, PtxError, launch
 
 __all__ = [
+    "PTX_ONLY",
     "CudaStandIn", "DriverCall", "Field", "GuardedBuffer", "Plugin", "PluginError", "PluginLibrary", "PreparedPlugin",
     "enqueue_ops", "run_plugin",
 ]  # fmt: skip
@@ -50,6 +53,10 @@ _FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 _DEVICE_ATTRIBUTES_COMPUTE_CAPABILITY = (75, 76)
 _DEFAULT_SHARED_BYTES = 48 * 1024
 _CUDA_SUCCESS, _CUDA_ERROR_INVALID_VALUE, _CUDA_ERROR_NO_BINARY_FOR_GPU, _CUDA_ERROR_UNKNOWN = 0, 1, 209, 999
+
+
+PTX_ONLY = (11, 0)
+"""A compute capability that the library has no machine code for: it gives the driver PTX."""
 
 
 class PluginError(RuntimeError):
@@ -277,6 +284,8 @@ class CudaStandIn:
         self._signatures: Mapping[str, Sequence[Sequence[str]]] = variants["signatures"]
         self._images = {image["sha256"]: image for image in variants["images"]}
         self._modules: dict[int, Mapping[str, Any]] = {}
+        self._programs: dict[str, Program] = {}
+        """Of the PTX images, by hash."""
         self._functions: dict[int, Mapping[str, Any]] = {}
         self._shared_limits: dict[int, int] = {}
         self._names: list[Any] = []
@@ -322,10 +331,13 @@ class CudaStandIn:
         return _CUDA_SUCCESS
 
     def _cuModuleLoadData(self, module: Any, image: int) -> int:  # noqa: N802
-        digest = hashlib.sha256(_image_bytes(image)).hexdigest()
+        content = _image_bytes(image)
+        digest = hashlib.sha256(content).hexdigest()
         if digest not in self._images:
             raise PluginError("cuModuleLoadData was given an image that variants.json does not list")
         found = self._images[digest]
+        if found["ptx"]:
+            self._programs[digest] = Program.parse(content.rstrip(b"\0").decode())
         self._record("cuModuleLoadData", image=found)
         if not self._runs_here(found):
             return _CUDA_ERROR_NO_BINARY_FOR_GPU
@@ -384,16 +396,32 @@ class CudaStandIn:
                 f"`{image['kernel']}` needs {image['shared']} bytes of shared memory, launched with {shared} "
                 f"where {self._shared_limits.get(function, _DEFAULT_SHARED_BYTES)} are allowed"
             )
-        from llama_export_plugins.kernels.loop import run_interpreted
+        if image["ptx"]:
+            self._run_ptx(image, grid, shared, parameters)
+        else:
+            from llama_export_plugins.kernels.loop import run_interpreted
 
-        run_interpreted(image["kernel"], grid, arguments, image["constexprs"])
+            run_interpreted(image["kernel"], grid, arguments, image["constexprs"])
         return _CUDA_SUCCESS
+
+    def _run_ptx(self, image: Mapping[str, Any], grid: tuple[int, int, int], shared: int, parameters: Any) -> None:
+        """The kernel reads its parameters as the driver would lay them out: by the types it declares."""
+        program = self._programs[image["sha256"]]
+        values = [
+            _PTX_PARAMETERS[kind].from_address(parameters[index]).value
+            for index, kind in enumerate(program.parameters.values())
+        ]
+        touchable = {buffer.address: Buffer(buffer.name, buffer.address, buffer.nbytes) for buffer in self.buffers}
+        try:
+            launch(program, grid, values, GlobalMemory(list(touchable.values())), shared)
+        except PtxError as err:
+            raise PluginError(f"the compiled kernel is refused: {err}") from err
 
     def _read_arguments(
         self, kernel: str, model_dtype: str, parameters: Any
     ) -> tuple[list[Any], dict[str, int | float | str]]:
-        """Parameters as the compiled kernel would read them, a pointer as the memory it points to; and by name, a pointer
-        as the name of the buffer it points into."""
+        """Parameters as the kernel's source names them, a pointer as the memory it points to; and by name, a pointer as the
+        name of the buffer it points into."""
         arguments: list[Any] = []
         described: dict[str, int | float | str] = {}
         signature = self._signatures[kernel]
@@ -453,6 +481,7 @@ _ARGUMENT_DTYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64,
 }  # fmt: skip
 _SCALARS: dict[str, Any] = {"int32": ctypes.c_int32, "float32": ctypes.c_float}
+_PTX_PARAMETERS: dict[str, Any] = {"u64": ctypes.c_uint64, "u32": ctypes.c_uint32, "f32": ctypes.c_float}
 
 
 def _image_bytes(address: int) -> bytes:

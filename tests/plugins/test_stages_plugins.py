@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ pytest.importorskip("triton", reason="`triton` is not installed: pip install './
 pytest.importorskip("llama_export_plugins", reason="the plugins are not installed: pip install ./plugins")
 from llama_export_plugins import harness
 from llama_export_plugins.kernels import loop
+from llama_export_plugins.ptx import Program
 
 from llama_export import ops
 from llama_export.bundle import Bundle, load_bundle
@@ -30,7 +32,7 @@ from llama_export.parity.op_stages import DTYPES
 from llama_export.parity.result import Stage
 from llama_export.parity.validate import validate_bundle
 
-HOW = ("interpreter", "enqueue")
+HOW = ("interpreter", "enqueue", "ptx")
 """Those that need no GPU."""
 
 
@@ -52,7 +54,7 @@ def run(bundle: Bundle, *names: str) -> dict[str, Stage]:
 
 def test_a_sound_bundle_passes_at_every_dtype(bundle: Bundle) -> None:
     found = run(bundle, *(f"kernels/{how}-{what}" for how in HOW for what in (*DTYPES, "poisoned-cache")))
-    assert len(found) == 8
+    assert len(found) == 12
     for name, stage in found.items():
         if name.endswith("poisoned-cache"):
             assert (stage.verdict, stage.metrics["error"]) == ("pass", 0)
@@ -62,7 +64,7 @@ def test_a_sound_bundle_passes_at_every_dtype(bundle: Bundle) -> None:
         assert stage.metrics["layers"] == [0.0, 1.0]
     # The same kernels on the same values: what the C++ code launches is what Python launches.
     for dtype in DTYPES:
-        first, second = (found[f"kernels/{how}-{dtype}"].metrics["error"] for how in HOW)
+        first, second, _ = (found[f"kernels/{how}-{dtype}"].metrics["error"] for how in HOW)
         assert first == second
 
 
@@ -80,7 +82,10 @@ def test_a_sound_bundle_passes_at_every_dtype(bundle: Bundle) -> None:
 def test_a_wrong_kernel_fails(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, how: str, op: str, wrong: Callable[..., Any]
 ) -> None:
-    right = harness.enqueue_ops() if how == "enqueue" else loop.kernel_ops()
+    if how == "interpreter":
+        right = loop.kernel_ops()
+    else:
+        right = harness.enqueue_ops(compute_capability=harness.PTX_ONLY if how == "ptx" else (8, 9))
 
     def made(**settings: Any) -> dict[str, Callable[..., Any]]:
         return {**right, op: lambda *items: right[op](*wrong(*items))}
@@ -89,6 +94,50 @@ def test_a_wrong_kernel_fails(
     monkeypatch.setattr(loop, "kernel_ops", made)
     name = f"kernels/{how}-float32"
     assert run(bundle, name)[name].verdict == "fail"
+
+
+def test_wrong_compiled_code_fails_where_it_runs_and_there_alone(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels' source is right and the library's PTX is not: one constant of its softmax."""
+    parse, changed = Program.parse, []
+
+    def altered(text: str) -> Program:
+        changed.append("0f3FB8AA3B" in text)
+        return parse(text.replace("0f3FB8AA3B", "0f3FB8AB3B"))
+
+    monkeypatch.setattr(Program, "parse", altered)
+    found = run(bundle, "kernels/ptx-float32", "kernels/enqueue-float32")
+    assert any(changed)
+    assert {name: stage.verdict for name, stage in found.items()} == {
+        "kernels/ptx-float32": "fail", "kernels/enqueue-float32": "pass"
+    }  # fmt: skip
+    assert (found["kernels/ptx-float32"].first_divergence or {})["op"] == "LlamaAttention"
+
+
+def test_a_race_in_the_compiled_code_is_a_failed_stage_that_says_where(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its numbers are right here, where the order of warps is a good one."""
+    parse = Program.parse
+    monkeypatch.setattr(Program, "parse", lambda text: parse(re.sub(r"bar\.sync[^;]*;", "", text)))
+    stages = run(bundle, "kernels/ptx-float32", "ops/ptx")
+    assert len(stages) == 2
+    for stage in stages.values():
+        assert stage.verdict == "fail"
+        assert "in Llama" in stage.reason
+        assert "race: without a barrier, a warp reads what another wrote" in stage.reason
+
+
+def test_a_library_without_ptx_has_none_to_run(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithoutPtx(harness.PluginLibrary):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.variants["portable_chip"] = None
+
+    monkeypatch.setattr(harness, "PluginLibrary", WithoutPtx)
+    stage = run(bundle, "kernels/ptx-float32")["kernels/ptx-float32"]
+    assert (stage.verdict, "carries no PTX" in stage.reason) == ("not-run", True)
 
 
 def test_a_wrong_graph_fails(bundle: Bundle, tmp_path: Path) -> None:
