@@ -377,14 +377,16 @@ def custom_kernels(how: str) -> Mapping[str, Callable[..., Any]]:
         raise NotRun("no GPU that PyTorch can use on this machine")
     if how in ("enqueue", "ptx", "gpu"):
         find_library()  # a library that is there and not usable is a failure, not a reason to look away
-        from llama_export_plugins.harness import PTX_ONLY, PluginLibrary, enqueue_ops
+        from llama_export_plugins import harness
 
         if how != "ptx":
-            return _refusing(enqueue_ops(device="cuda" if how == "gpu" else "cpu"))
-        library = PluginLibrary(compute_capability=PTX_ONLY)
+            return _refusing(harness.enqueue_ops(device="cuda" if how == "gpu" else "cpu"))
+        if not hasattr(harness, "PTX_ONLY"):
+            raise NotRun("the plugins that are installed cannot execute PTX; pip install './plugins' again")
+        library = harness.PluginLibrary(compute_capability=harness.PTX_ONLY)
         if library.variants["portable_chip"] is None:
             raise NotRun("the plugin library carries no PTX: it was built with LLAMA_EXPORT_CHIPS and without 80 in it")
-        return _refusing(enqueue_ops(library=library))
+        return _refusing(harness.enqueue_ops(library=library))
     from llama_export_plugins.kernels.loop import kernel_ops
 
     interpreted: Mapping[str, Callable[..., Any]] = kernel_ops()

@@ -140,6 +140,14 @@ def test_a_library_without_ptx_has_none_to_run(bundle: Bundle, monkeypatch: pyte
     assert (stage.verdict, "carries no PTX" in stage.reason) == ("not-run", True)
 
 
+def test_plugins_from_before_have_no_ptx_to_run(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(harness, "PTX_ONLY")
+    found = run(bundle, "kernels/ptx-float32", "ops/enqueue")
+    assert found["ops/enqueue"].verdict == "pass"
+    stage = found["kernels/ptx-float32"]
+    assert (stage.verdict, "cannot execute PTX" in stage.reason) == ("not-run", True)
+
+
 def test_a_wrong_graph_fails(bundle: Bundle, tmp_path: Path) -> None:
     shutil.copytree(bundle.folder, tmp_path / "faulty")
     model = onnx.load(str(bundle.model_path), load_external_data=False)
