@@ -43,7 +43,7 @@ from llama_export_plugins.kernels.compile import compile_variant, resource_usage
 from llama_export_plugins.kernels.compiled import counted_ops, run_compiled  # noqa: E402
 from llama_export_plugins.kernels.launch import Run, ops  # noqa: E402
 from llama_export_plugins.kernels.loop import run_interpreted  # noqa: E402
-from llama_export_plugins.kernels.table import CHIPS, PORTABLE_CHIP, Variant, select, variants  # noqa: E402
+from llama_export_plugins.kernels.table import CHIPS, PORTABLE_CHIP, Variant, select, variant_named, variants  # noqa: E402
 from llama_export_plugins.ptx import PtxError  # noqa: E402
 
 TARGET = ROOT / "docs" / "kernels.md"
@@ -186,8 +186,7 @@ def order_table() -> list[str]:
         ("attention_prefill_bfloat16_128", prefill, 90),
         ("attention_prefill_bfloat16_128", prefill, 100),
     ):
-        variant = next(variant for variant in variants() if variant.name == name)
-        text = compile_variant(variant, chip).asm["ptx"]
+        text = compile_variant(variant_named(name), chip).asm["ptx"]
         counts = []
         for _, pattern in ORDER:
             places = [match.span() for match in re.finditer(pattern, text)]

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from .compile import SCRATCH, compile_variant
 from .launch import Run, ops
-from .table import KERNELS, Variant, variants
+from .table import KERNELS, Variant, variant_named
 
 
 @cache
 def _program(name: str, chip: int) -> tuple[Program, int]:
     """The kernel and its bytes of shared memory. By name: a variant holds a dictionary, which no cache takes."""
-    compiled = compile_variant(next(variant for variant in variants() if variant.name == name), chip)
+    compiled = compile_variant(variant_named(name), chip)
     return Program.parse(compiled.asm["ptx"]), compiled.metadata.shared
 
 
@@ -38,13 +38,12 @@ def run_compiled(chip: int, traffic: Traffic | None = None, instead: Mapping[str
     def run(variant: Variant, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
         program, shared = _program(variant.name, chip)
         program = changed.get(variant.name, program)
-        buffers, values = {}, []
+        buffers, values = [], []
         for (name, _), item in zip(KERNELS[variant.kernel].arguments, arguments, strict=True):
             values.append(item.data_ptr() if isinstance(item, Tensor) else item)
             if isinstance(item, Tensor):
-                buffers.setdefault(item.data_ptr(), Buffer(name, item.data_ptr(), _span(item)))
-        memory = GlobalMemory(list(buffers.values()))
-        launch(program, grid, [*values, *(0 for _ in SCRATCH)], memory, shared, traffic)
+                buffers.append(Buffer(name, item.data_ptr(), _span(item)))
+        launch(program, grid, [*values, *(0 for _ in SCRATCH)], GlobalMemory(buffers), shared, traffic)
 
     return run
 

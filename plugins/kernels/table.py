@@ -186,6 +186,11 @@ def variants() -> Iterator[Variant]:
             yield Variant("attention_combine", dtype, head_dim, masked, pieces, num_warps=8, num_stages=1)
 
 
+def variant_named(name: str) -> Variant:
+    """The variant of a name."""
+    return next(variant for variant in variants() if variant.name == name)
+
+
 def tile(kernel: str, dtype: str, head_dim: int, masked: bool) -> tuple[int, int, int, int]:
     """(query rows, keys, warps, stages) of one program: as much as registers and the smallest shared memory hold.
 

@@ -411,9 +411,9 @@ class CudaStandIn:
             _PTX_PARAMETERS[kind].from_address(parameters[index]).value
             for index, kind in enumerate(program.parameters.values())
         ]
-        touchable = {buffer.address: Buffer(buffer.name, buffer.address, buffer.nbytes) for buffer in self.buffers}
+        memory = GlobalMemory([Buffer(buffer.name, buffer.address, buffer.nbytes) for buffer in self.buffers])
         try:
-            launch(program, grid, values, GlobalMemory(list(touchable.values())), shared)
+            launch(program, grid, values, memory, shared)
         except PtxError as err:
             raise PluginError(f"the compiled kernel is refused: {err}") from err
 

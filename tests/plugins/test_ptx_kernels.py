@@ -19,7 +19,7 @@ from llama_export_plugins.harness import PTX_ONLY, PluginLibrary, enqueue_ops  #
 from llama_export_plugins.kernels import compiled, loop  # noqa: E402
 from llama_export_plugins.kernels.compile import compile_variant  # noqa: E402
 from llama_export_plugins.kernels.launch import ops  # noqa: E402
-from llama_export_plugins.kernels.table import CHIPS, PORTABLE_CHIP  # noqa: E402
+from llama_export_plugins.kernels.table import CHIPS, PORTABLE_CHIP, variant_named  # noqa: E402
 from llama_export_plugins.ptx import PtxError, Traffic  # noqa: E402
 
 LONGEST = "C131072"
@@ -91,8 +91,7 @@ def test_the_chips_differ_in_their_tensor_cores() -> None:
 
 @functools.cache
 def _text(name: str, chip: int) -> str:
-    variant = next(variant for variant in compiled.variants() if variant.name == name)
-    return str(compile_variant(variant, chip).asm["ptx"])
+    return str(compile_variant(variant_named(name), chip).asm["ptx"])
 
 
 def outcome(case: Case, name: str, chip: int, text: str) -> str:

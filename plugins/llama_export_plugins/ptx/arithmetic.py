@@ -179,10 +179,6 @@ def _extracted_signed(a: Array, position: Array, length: Array) -> Array:
     return np.where(up == 64, 0, (shifted << np.minimum(up, 63)) >> np.minimum(up, 63)).astype(np.int32)
 
 
-def _widened(a: Array, b: Array) -> Array:
-    return a.astype(np.int64 if a.dtype == np.int32 else np.uint64) * b
-
-
 def _smallest(*values: Array) -> Array:
     """Of two or more: a number before NaN, -0 before +0."""
     return functools.reduce(_lower, values)
@@ -258,9 +254,10 @@ WIDE: dict[str, Any] = {"mul.wide.s32": np.int32, "mul.wide.u32": np.uint32, "ma
 def widened(opcode: str) -> Callable[..., Array]:
     """Of ``mul.wide`` and ``mad.wide``."""
     view = WIDE[opcode]
+    wide = np.int64 if view is np.int32 else np.uint64
 
     def product(a: Array, b: Array, *addend: Array) -> Array:
-        result = _widened(a.view(view), b.view(view)).view(np.uint64)
+        result = (a.view(view).astype(wide) * b.view(view)).view(np.uint64)
         return result + addend[0] if addend else result
 
     return product

@@ -20,6 +20,7 @@ from .operands import (
     Step,
     address_of,
     all_together,
+    group_step,
     number_of,
     registers_of,
     slot_of,
@@ -329,15 +330,7 @@ def _copy(program: Program, statement: Statement) -> Step | None:
     name = statement.opcode
     if name in ("cp.async.commit_group", "cp.async.wait_group"):
         allowed = number_of(program, statement.operands[0]) if name == "cp.async.wait_group" else None
-
-        def group(state: Blocks) -> None:
-            all_together(state)  # a group is a thread's own; these kernels have them in step
-            if allowed is None:
-                state.copies.close()
-            else:
-                state.copies.wait(state, allowed)
-
-        return group
+        return group_step(lambda state: state.copies, allowed)
     if name not in ("cp.async.ca.shared.global", "cp.async.cg.shared.global"):
         return None
     target, source = address_of(statement.operands[0]), address_of(statement.operands[1])
@@ -376,7 +369,7 @@ def _shuffle(program: Program, statement: Statement) -> Step | None:
     target, source, which = slot_of(target), slot_of(source), slot_of(which)
 
     def step(state: Blocks) -> None:
-        whole_warps(state)
+        whole_warps(state.mask)
         lanes = state.warps(which).astype(np.int64)
         if mode == "bfly":
             lanes = lanes ^ np.arange(WARP)
@@ -392,7 +385,7 @@ def _reduce(program: Program, statement: Statement) -> Step | None:
         return None
 
     def step(state: Blocks) -> None:
-        whole_warps(state)
+        whole_warps(state.mask)
         if (state.get(members) != 0xFFFFFFFF).any():
             raise PtxError("a part of a warp is not understood")
         values = state.warps(source).view(np.float32)
@@ -409,7 +402,7 @@ def _elect(program: Program, statement: Statement) -> Step | None:
         return None
 
     def step(state: Blocks) -> None:
-        whole_warps(state)
+        whole_warps(state.mask)
         if leader is not None:
             state.put(leader, np.zeros((1, 1), np.uint32))
         state.put(chosen, (np.arange(state.shape[1]) % WARP == 0)[None, :])

@@ -46,7 +46,8 @@ def launch(
     """
     if len(arguments) != len(program.parameters):
         raise PtxError(f"{len(arguments)} arguments, `{program.entry}` takes {len(program.parameters)}")
-    steps = [decode(program, statement) for statement in program.statements]
+    if not program.steps:
+        program.steps = [decode(program, statement) for statement in program.statements]
     word = smallest_shared_access(program)
     memory.begin_launch(traffic)
     number = grid[0] * grid[1] * grid[2]
@@ -56,7 +57,7 @@ def launch(
             numbers = np.arange(first, min(first + at_once, number))
             shared = SharedMemory(len(numbers), shared_bytes, word, traffic)
             registers = initial_registers(program, grid, numbers, arguments)
-            _run(steps, Blocks(program, numbers, registers, memory, shared, traffic))
+            _run(program.steps, Blocks(program, numbers, registers, memory, shared, traffic))
 
 
 def _run(steps: Sequence[Step], start: Blocks) -> None:

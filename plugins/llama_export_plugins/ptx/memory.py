@@ -88,7 +88,8 @@ class GlobalMemory:
             last = self._buffers[-1] if self._buffers else None
             if last is not None and item.address < last.address + last.nbytes:
                 nbytes = max(last.address + last.nbytes, item.address + item.nbytes) - last.address
-                self._buffers[-1] = Buffer(f"{last.name}+{item.name}", last.address, nbytes)
+                name = last.name if item.name == last.name else f"{last.name}+{item.name}"
+                self._buffers[-1] = Buffer(name, last.address, nbytes)
             else:
                 self._buffers.append(item)
         self._begins = [item.address for item in self._buffers]

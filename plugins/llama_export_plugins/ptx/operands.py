@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from .memory import WARP
 from .program import Address, Operand, Program, PtxError, Statement
-from .state import Blocks
+from .state import Blocks, Groups
 
 __all__ = [
-    "Decoder", "Parting", "Step", "address_of", "all_together", "named", "nothing", "number_of", "registers_of", "slot_of",
+    "Decoder", "Parting", "Step", "address_of", "all_together", "group_step", "nothing", "number_of", "registers_of", "slot_of",
     "vector_of", "whole_warps",
 ]  # fmt: skip
 
@@ -84,24 +84,31 @@ def all_together(state: Blocks) -> None:
         raise PtxError("some threads of the block are elsewhere")
 
 
-def whole_warps(state: Blocks) -> None:
+def whole_warps(mask: Array | None) -> None:
     """
+    Args:
+        mask: [blocks, threads], of those that execute a statement; None: all.
+
     Raises:
-        PtxError: some threads of a warp wait where they jumped to, others do not.
+        PtxError: some threads of a warp do, others do not.
     """
-    if state.mask is not None:
-        warps = state.mask.reshape(-1, WARP)
+    if mask is not None:
+        warps = mask.reshape(-1, WARP)
         if (warps.any(axis=1) != warps.all(axis=1)).any():
             raise PtxError("some threads of the warp are elsewhere")
 
 
-def named(*opcodes: str) -> Callable[[Decoder], Decoder]:
-    """A decoder of these instructions, spelled in full, and of no other."""
+def group_step(groups: Callable[[Blocks], Groups], allowed: int | None) -> Step:
+    """``commit_group`` of some asynchronous work; with ``allowed``, ``wait_group`` of all but so many groups."""
 
-    def only(decoder: Decoder) -> Decoder:
-        return lambda program, statement: decoder(program, statement) if statement.opcode in opcodes else None
+    def step(state: Blocks) -> None:
+        all_together(state)  # a group is a thread's own; these kernels have them in step
+        if allowed is None:
+            groups(state).close()
+        else:
+            groups(state).wait(state, allowed)
 
-    return only
+    return step
 
 
 def nothing(program: Program, statement: Statement) -> Step:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from . import matrices
 from .memory import WARP
-from .operands import Step, all_together, nothing, number_of, registers_of, slot_of, whole_warps
+from .operands import Step, all_together, group_step, nothing, number_of, registers_of, slot_of, whole_warps
 from .program import Program, PtxError, Statement
 from .state import Blocks, Pending
 
@@ -29,7 +29,7 @@ def mma(program: Program, statement: Statement) -> Step | None:
         return None
 
     def step(state: Blocks) -> None:
-        whole_warps(state)
+        whole_warps(state.mask)
         left = matrices.a_fragment([state.warps(slot) for slot in a])
         right = matrices.b_fragment([state.warps(slot) for slot in b])
         product = np.matmul(matrices.floats(left, kind), matrices.floats(right, kind))
@@ -57,15 +57,7 @@ def wgmma(program: Program, statement: Statement) -> Step | None:
         return nothing(program, statement)
     if name in ("wgmma.commit_group.sync.aligned", "wgmma.wait_group.sync.aligned"):
         allowed = number_of(program, statement.operands[-1]) if name.startswith("wgmma.wait") else None
-
-        def group(state: Blocks) -> None:
-            all_together(state)
-            if allowed is None:
-                state.products.close()
-            else:
-                state.products.wait(state, allowed)
-
-        return group
+        return group_step(lambda state: state.products, allowed)
     d, left = registers_of(statement.operands[0]), statement.operands[1]
     width = 2 * len(d)
     kind = name.rpartition(".")[2]

@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["Address", "Operand", "Program", "PtxError", "Statement", "float32_bits"]
 
@@ -69,6 +70,8 @@ class Program:
     """Slot -> PTX type, in order: ``u64``, ``u32``, ``f32``."""
     special: dict[str, int] = field(default_factory=dict)
     """Special register, e.g. ``%tid.x`` -> slot."""
+    steps: list[Any] = field(default_factory=list)
+    """What executes the statements, once :func:`.launch` has decoded them: a kernel is launched many times."""
 
     @classmethod
     def parse(cls, text: str) -> Program:

@@ -16,7 +16,7 @@ from .memory import WARP, GlobalMemory, SharedMemory, Traffic
 from .program import Address, Program, PtxError, float32_bits
 from .tensor_memory import TensorMemory
 
-__all__ = ["Blocks", "Pending", "initial_registers"]
+__all__ = ["Blocks", "Groups", "Pending", "initial_registers"]
 
 Array = NDArray[Any]
 
@@ -121,10 +121,8 @@ class Blocks:
         value: Array | None = self.registers[slot]
         if value is None:
             raise PtxError("a register is read that nothing was put into")
-        if (
-            slot in self.set_by
-            and not (self.set_by[slot] if self.mask is None else self.set_by[slot] | ~self.mask).all()
-        ):
+        setters = self.set_by.get(slot)
+        if setters is not None and not (setters if self.mask is None else setters | ~self.mask).all():
             raise PtxError("a predicate is read by threads that put nothing into it")
         return value
 
@@ -152,6 +150,10 @@ class Blocks:
             value = np.where(self.mask, value, self._before(slot))
         self.registers[slot] = value
 
+    def put_warps(self, slot: int, value: Array) -> None:
+        """The same of [blocks * warps, 32]."""
+        self.put(slot, np.ascontiguousarray(value).reshape(self.shape))
+
     def put_of(self, slot: int, block: Array, thread: Array, mask: Array | None, values: Array) -> None:
         """``values`` [N] into a register, of the threads (block, thread) [N]; ``mask`` None: of all, in order."""
         if mask is None:
@@ -175,10 +177,6 @@ class Blocks:
         """They are free, but for other work that has them too."""
         self.read = +(self.read - Counter(reads))
         self.written = +(self.written - Counter(writes))
-
-    def put_warps(self, slot: int, value: Array) -> None:
-        """The same of [blocks * warps, 32]."""
-        self.put(slot, np.ascontiguousarray(value).reshape(self.shape))
 
     def active(self, predicate: int | None, negated: bool) -> tuple[Array, Array, Array | None]:
         """(block, thread) of those that execute a statement, and the mask [blocks, threads]; None where all do."""

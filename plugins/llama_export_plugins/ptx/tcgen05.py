@@ -107,27 +107,24 @@ def _move(program: Program, statement: Statement) -> Step | None:
     row_of, column_of = (lane % 16, lane // 16 * further) if shape == "16x32bx2" else (lane, lane * 0)
 
     def step(state: Blocks) -> None:
-        whole_warps(state)
         block, thread, mask = state.active(statement.predicate, statement.negated)
-        taking_part = np.ones((state.shape[0] * _per_block(state), WARP), np.bool_)
-        if mask is not None:
-            taking_part = np.broadcast_to(mask, state.shape).reshape(-1, WARP)
-            if (taking_part.any(axis=1) != taking_part.all(axis=1)).any():
-                raise PtxError("a part of a warp executes this")
+        whole_warps(mask)
+        per_block = state.shape[1] // WARP
         given = state.warps(base)
+        taking_part = np.ones(len(given), np.bool_) if mask is None else mask.reshape(-1, WARP)[:, 0]
         if (given != given[:, :1]).any():
             raise PtxError("the threads of a warp give different addresses of tensor memory")
         found = np.empty((len(given), WARP, width), np.uint32)
-        for bits in np.unique(given[taking_part[:, 0], 0]):
-            chosen = np.flatnonzero((given[:, 0] == bits) & taking_part[:, 0])
+        for bits in np.unique(given[taking_part, 0]):
+            chosen = np.flatnonzero((given[:, 0] == bits) & taking_part)
             row, column = state.tensor.region(int(bits) + offset, further + width)
-            warps = chosen % _per_block(state)
+            warps = chosen % per_block
             if (warps % 4 != row // WARP).any() or row % WARP not in ((0, 16) if shape == "16x32bx2" else (0,)):
                 raise PtxError(f"a warp touches rows of tensor memory that are not its own: from {row}")
             region = Region.of_warp(row, shape == "16x32bx2", range(column, column + further + width))
             state.tensor.note_move(region, stores=way == "st", warps=warps, now=state.shared.barriers)
             at = (
-                (chosen // _per_block(state))[:, None, None],
+                (chosen // per_block)[:, None, None],
                 (row + row_of)[:, None],
                 (column + column_of)[:, None] + np.arange(width),
             )
@@ -141,11 +138,6 @@ def _move(program: Program, statement: Statement) -> Step | None:
                 state.put_of(slot, block, thread, mask, loaded[:, index])
 
     return step
-
-
-def _per_block(state: Blocks) -> int:
-    """Warps."""
-    return state.shape[1] // WARP
 
 
 def _wait(program: Program, statement: Statement) -> Step:
