@@ -1,5 +1,6 @@
 # make demo   from nothing to a parity report: exports the bundled checkpoint, builds engines, generates, validates
 # make test   the tests, CPU only
+# make test-all  the grids that `make test` takes a sample of
 # make check  ruff, mypy
 # make plugins  the TensorRT plugin library alone
 # make wheels   the wheels of both distributions, into dist/; WHEELS=--twice proves that their bytes are reproducible
@@ -18,7 +19,7 @@ BIN    := $(VENV)/bin
 BUNDLE := build/tiny-llama
 REPORT := build/report
 
-.PHONY: demo test check plugins wheels install-check kernels faults gpu bench constraints clean
+.PHONY: demo test test-all check plugins wheels install-check kernels faults gpu bench constraints clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -37,7 +38,10 @@ demo: $(VENV)/.plugins
 
 # Two processes, a file each at a time: fixtures that export or build are made once per file at most.
 test: $(VENV)/.plugins
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+test-all: $(VENV)/.plugins
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 plugins: $(VENV)/.plugins
 

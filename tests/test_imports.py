@@ -20,7 +20,7 @@ PACKAGE = Path(llama_export.__file__).parent
 ORDER = (
     ("__init__",),
     ("errors",),
-    ("_huge_pages", "_process", "_files", "environment"),
+    ("_huge_pages", "_process", "_files", "_typed", "environment"),
     ("_commit",),
     ("config",),
     ("checkpoint", "kv_cache"),
@@ -53,6 +53,7 @@ BASE = (
     "_huge_pages",
     "_process",
     "_files",
+    "_typed",
     "_commit",
     "config",
     "kv_cache",
