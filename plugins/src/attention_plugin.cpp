@@ -97,7 +97,7 @@ bool AttentionPlugin::isSplit(int64_t newTokens) const noexcept
         || productOf({newTokens, mParameters.num_heads / mParameters.num_kv_heads}) <= kernels::kSPLIT_ROWS;
 }
 
-//! Of the grids of the two kernels, where the cache is split. What is not known yet is -1.
+//! Checks the grids of the two kernels where the cache is split. What is not known yet is -1.
 bool AttentionPlugin::checkSplitLimits(int64_t batch, int64_t newTokens, int64_t splits) const noexcept
 {
     int64_t const groupSize = mParameters.num_heads / mParameters.num_kv_heads;
@@ -398,7 +398,10 @@ int32_t AttentionPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensor
     Sizes const sizes = sizesOf(query, cache);
     int64_t const cacheBytes
         = cache.d[0] * cache.d[1] * cache.d[2] * cache.d[3] * elementSize(inputDesc[kPAST_KEY].type);
-    if (!checkReady() || !copyCache(cacheBytes, inputs[kPAST_KEY], outputs[kPRESENT_KEY], stream)
+    Workspace parts = workspaceOf(sizes, inputDesc[kQUERY].type);
+    parts.start = workspace;
+    if (!checkReady() || !checkWorkspace(parts.bytes)
+        || !copyCache(cacheBytes, inputs[kPAST_KEY], outputs[kPRESENT_KEY], stream)
         || !copyCache(cacheBytes, inputs[kPAST_VALUE], outputs[kPRESENT_VALUE], stream))
     {
         return kFAILURE;
@@ -412,12 +415,6 @@ int32_t AttentionPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensor
         || !checkAligned("sin", inputs[kSIN]) || !checkAligned("present_key", outputs[kPRESENT_KEY])
         || !checkAligned("present_value", outputs[kPRESENT_VALUE])
         || !checkAligned("attn_output", outputs[kATTN_OUTPUT]) || !checkAligned("workspace", workspace))
-    {
-        return kFAILURE;
-    }
-    Workspace parts = workspaceOf(sizes, inputDesc[kQUERY].type);
-    parts.start = workspace;
-    if (!checkWorkspace(parts.bytes))
     {
         return kFAILURE;
     }

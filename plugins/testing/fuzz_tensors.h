@@ -278,6 +278,7 @@ inline void checkEnqueue(Op const& op, Plugin const& plugin, std::vector<PluginT
     thread.stream = stream;
     thread.isEnqueuing = true;
     thread.launches = 0;
+    thread.copies = 0;
     thread.failing = !isRefused && random.oneIn(8) ? static_cast<uint32_t>(random.next()) : 0;
     std::unique_ptr<void const*[]> const inputs(new void const*[static_cast<size_t>(op.numInputs)]);
     std::unique_ptr<void*[]> const outputs(new void*[static_cast<size_t>(op.numOutputs)]);
@@ -288,9 +289,9 @@ inline void checkEnqueue(Op const& op, Plugin const& plugin, std::vector<PluginT
     bool const isRight = misaligned < 0 && thread.failing == 0;
     Verdict const verdict = isRefused ? Verdict::kREFUSE : isRight ? Verdict::kACCEPT : Verdict::kEITHER;
     bool const isDone = judge(status == 0, verdict, random);
-    if (isRefused && thread.launches > 0)
+    if (isRefused && thread.launches + thread.copies > 0)
     {
-        fail("a refused call launched a kernel");
+        fail("a refused call launched a kernel or a copy");
     }
     Dims const& first = descs[kQUERY].dims;
     bool isEmpty = false;
