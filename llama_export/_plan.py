@@ -51,8 +51,10 @@ _STRING = re.compile(rb"\x13\x80\x01\x00(.{8})\x01\x80\x0c\x80\x01\x00(.{8})", r
 _DIMS = re.compile(rb"\x59\x80\x01\x00\x07\x80\x01\x00(.{4})\x01\x80\x09\x80\x01\x00(.{8})", re.DOTALL)
 _FIELD_VALUE = b"\x01\x80\x03\x80\x01\x00"
 """Stands before the 64-bit length and the bytes of a field's value."""
-_FIELD_TYPES = {"INT32": "<i", "FP32": "<f"}
+_FIELD_TYPES = {"INT32": "<i", "INT64": "<q", "FP32": "<f"}
 _ATTENTION = "LlamaAttention"
+_WITH_WORKSPACE = (_ATTENTION, "LlamaMaskedAttention")
+"""Ops whose plugins store ``workspace_bytes``, the scratch memory that TensorRT reserves for a call of the profile."""
 _DTYPE_FIELDS = {"float32": 0, "float16": 1, "bfloat16": 7}
 """``nvinfer1::DataType``: what a plugin stores as its field ``dtype``."""
 _TYPES = {"float32": "float", "float16": "half", "bfloat16": "bf16"}
@@ -174,7 +176,7 @@ def _plugin_records(plan: Buffer) -> tuple[list[_Record], list[str]]:
         at = last - 2
         while at >= 0 and strings[at + 1][0] in _FIELD_TYPES:
             kind, end = strings[at + 1]
-            value = _bytes(plan, end, end + len(_FIELD_VALUE) + 12)
+            value = _bytes(plan, end, end + len(_FIELD_VALUE) + 16)
             if value.startswith(_FIELD_VALUE):
                 fields[strings[at][0]] = struct.unpack_from(_FIELD_TYPES[kind], value, len(_FIELD_VALUE) + 8)[0]
             at -= 2
@@ -213,12 +215,28 @@ def _record_problems(
         if counts[op] != expected.get(op, 0)
     ]
     for record in records:
+        got = dict(record.fields)
         want = {**attributes.get(record.op, {}), "dtype": _DTYPE_FIELDS[sidecar["dtype"]]}
-        if dict(record.fields) != want:
-            problems.append(f"plugin {record.op} has {dict(record.fields)}, expected {want}")
+        if record.op in _WITH_WORKSPACE and record.op in attributes:
+            workspace, least = got.pop("workspace_bytes", None), _query_bytes(record, sidecar, attributes[record.op])
+            if workspace is None or workspace < least:
+                problems.append(f"plugin {record.op} reserves {workspace} bytes, its rotated query alone needs {least}")
+        if got != want:
+            problems.append(f"plugin {record.op} has {got}, expected {want}")
         if (record.version, record.namespace) != ("1", ""):
             problems.append(f"plugin {record.op} is version {record.version} in namespace `{record.namespace}`")
     return list(dict.fromkeys(problems))
+
+
+def _query_bytes(record: _Record, sidecar: Mapping[str, Any], attributes: Mapping[str, int | float]) -> int:
+    """Bytes of the largest rotated query of the record's profile, which the plugin's workspace holds among other things."""
+    suffixes = _suffixes(sidecar)
+    named = [
+        profile for profile, suffix in suffixes.items() if suffix and any(n.endswith(suffix) for n, _ in record.before)
+    ]
+    batch, tokens = sidecar["profiles"][named[0] if named else next(iter(suffixes))]["input_ids"][-1]
+    itemsize = 4 if sidecar["dtype"] == "float32" else 2
+    return int(batch * tokens * attributes["num_heads"] * attributes["head_dim"] * itemsize)
 
 
 def _plugin_cache_problems(

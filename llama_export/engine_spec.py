@@ -18,6 +18,7 @@ from llama_export.config import CUSTOM_OPS, EngineConfig, LlamaConfig, float32_v
 from llama_export.errors import ShapeError
 from llama_export.graph_io import INTERFACES, is_single_text
 from llama_export.kv_cache import CAPACITY, cache_names, cache_shape
+from llama_export.plugins import ABI
 
 SCHEMA_VERSION = 4
 """Of the sidecar."""
@@ -156,9 +157,11 @@ def expected_plugin_layers(bundle: Bundle, plugin_ops: Collection[str]) -> dict[
 
 
 def plugin_attributes(config: LlamaConfig) -> dict[str, dict[str, int | float]]:
-    """op -> field -> value that every plugin layer of the op must carry: its attributes, and what it noted at build."""
-    norm = {"epsilon": float32_value(config.rms_norm_eps), "hidden_size": config.hidden_size}
+    """op -> field -> value that every plugin layer of the op must carry: the ABI of its library, its attributes, and what it
+    noted at build."""
+    norm = {"abi": ABI, "epsilon": float32_value(config.rms_norm_eps), "hidden_size": config.hidden_size}
     attention = {
+        "abi": ABI,
         "num_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,

@@ -32,9 +32,9 @@ __all__ = [
 ]  # fmt: skip
 
 PACKAGE = "llama_export_plugins"
-ABI = 3
-"""What ``llama_export_plugins_abi()`` must return: the inputs, attributes and stored fields this package knows.
-Must equal ``kABI`` in ``plugins/src/creators.cpp``."""
+ABI = 4
+"""What ``llama_export_plugins_abi()`` must return, and what every plugin layer of an engine stores: the inputs, attributes,
+stored fields and workspaces this package knows. Stated here on its own: it is what an installed library is compared with."""
 VERSIONS = "0.1."
 """Prefix of the library versions that belong to this package."""
 PLUGIN_VERSION = "1"

@@ -10,8 +10,9 @@ from typing import Any
 __all__ = ["ABI", "__version__", "library_path", "preload_path", "variants"]
 
 __version__ = metadata.version("llama-export-plugins")
-ABI = 3
-"""An engine runs on the libraries of the number it was built with; `llama_export_plugins_abi()` of the library says it too."""
+ABI = 4
+"""An engine runs on the libraries of the number it was built with. The library is compiled with this number (CMakeLists.txt
+reads it here): every plugin stores it in the engine, and `llama_export_plugins_abi()` says it."""
 
 _FOLDER = Path(__file__).resolve().parent
 _HINT = "pip install ./plugins, from the llama-export repository, builds it"

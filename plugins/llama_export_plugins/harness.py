@@ -100,12 +100,14 @@ def _tensor_desc(shape: Sequence[int], dtype: torch.dtype) -> _TensorDesc:
     return _TensorDesc(_dims(shape), _DATA_TYPES[dtype], 0, 1.0)
 
 
-def _dynamic_desc(shape: Sequence[int], dtype: torch.dtype) -> _DynamicTensorDesc:
-    """As under an optimization profile that allows this shape: batch and tokens open, down to 1."""
-    is_open = [_is_open(axis, len(shape), dtype) for axis in range(len(shape))]
+def _dynamic_desc(shape: Sequence[int], dtype: torch.dtype, largest: Sequence[int] | None = None) -> _DynamicTensorDesc:
+    """As under an optimization profile that allows this shape and those up to ``largest``: batch and tokens open, down to 1,
+    and every other axis on which the two differ."""
+    largest = shape if largest is None else largest
+    is_open = [_is_open(axis, len(shape), dtype) or largest[axis] != size for axis, size in enumerate(shape)]
     symbolic = [-1 if is_open[axis] else size for axis, size in enumerate(shape)]
     smallest = [min(1, size) if is_open[axis] else size for axis, size in enumerate(shape)]
-    return _DynamicTensorDesc(_tensor_desc(symbolic, dtype), _dims(smallest), _dims(shape), _dims(shape))
+    return _DynamicTensorDesc(_tensor_desc(symbolic, dtype), _dims(smallest), _dims(largest), _dims(shape))
 
 
 def _is_open(axis: int, rank: int, dtype: torch.dtype) -> bool:
@@ -671,13 +673,22 @@ class Plugin:
         descs = (_DynamicTensorDesc * len(tensors))(*(_dynamic_desc(shape, dtype) for shape, dtype in tensors))
         return bool(self._driver.plugin_supports(self._handle, position, descs, num_inputs, len(tensors) - num_inputs))
 
-    def configure(self, tensors: Sequence[tuple[Sequence[int], torch.dtype]], num_inputs: int) -> int:
-        """configurePlugin and getWorkspaceSize.
+    def configure(
+        self,
+        tensors: Sequence[tuple[Sequence[int], torch.dtype]],
+        num_inputs: int,
+        largest: Sequence[Sequence[int]] | None = None,
+    ) -> int:
+        """configurePlugin and getWorkspaceSize, for a profile whose largest shapes are ``largest``; default: these.
 
         Returns:
-            bytes of workspace that these shapes need.
+            bytes of workspace that TensorRT would lend to every call of the profile.
         """
-        descs = (_DynamicTensorDesc * len(tensors))(*(_dynamic_desc(shape, dtype) for shape, dtype in tensors))
+        most = [shape for shape, _ in tensors] if largest is None else largest
+        pairs = zip(tensors, most, strict=True)
+        descs = (_DynamicTensorDesc * len(tensors))(
+            *(_dynamic_desc(shape, dtype, limit) for (shape, dtype), limit in pairs)
+        )
         num_outputs = len(tensors) - num_inputs
         with self._library.calling("configurePlugin"):
             status = self._driver.plugin_configure(self._handle, descs, num_inputs, num_outputs)
@@ -771,6 +782,7 @@ def _load_driver(path: str) -> Any:
 class PreparedPlugin:
     """One node, ready to run: its plugin built from attributes, stored and restored as an engine does, attached, told its
     shapes, and given memory. ``enqueue`` then allocates nothing, so that it can be timed and captured into a CUDA graph.
+    :meth:`change` runs other shapes on the same plugin, with the same workspace.
 
     Args:
         library: on the real driver if ``device`` is a GPU, else on the stand-in.
@@ -779,6 +791,8 @@ class PreparedPlugin:
         attributes: values in the order of the plugin's fields; int or float as in the ONNX node.
         aliased: whether outputs that may share an input's memory do; else they have their own.
         device: where the tensors that the plugin sees are.
+        max_shapes: the largest shapes of the inputs that the plugin is configured for, and that its workspace is for;
+            default: those of ``inputs``.
 
     Raises:
         PluginError: the plugin refused.
@@ -793,11 +807,12 @@ class PreparedPlugin:
         *,
         aliased: bool = True,
         device: str = "cpu",
+        max_shapes: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if device != "cpu":
             # A context must be current before TensorRT's calls; PyTorch makes its own on first use.
             torch.cuda.synchronize(device)
-        self._library = library
+        self._library, self._is_aliased, self._device = library, aliased, device
         names = [name for name, _ in library.creators[op].fields]
         fields = [Field.from_attribute(name, value) for name, value in zip(names, attributes, strict=True)]
         given = [(buffer.shape, buffer.dtype) for buffer in inputs]
@@ -806,28 +821,55 @@ class PreparedPlugin:
         built = library.create(op, fields, "build")
         output_types = built.output_types([dtype for _, dtype in given])
         self._tensors = [*given, *zip(built.output_shapes(given), output_types, strict=True)]
-        aliases = [built.aliased_input(index) for index in range(built.num_outputs())]
+        limits: list[Sequence[int]] | None = None
+        if max_shapes is not None:
+            largest = [(shape, dtype) for shape, (_, dtype) in zip(max_shapes, given, strict=True)]
+            limits = [*max_shapes, *built.output_shapes(largest)]
+        self._aliases = [built.aliased_input(index) for index in range(built.num_outputs())]
         for position in range(len(self._tensors)):
             if not built.supports(position, self._tensors, len(given)):
                 shape, dtype = self._tensors[position]
                 raise PluginError(f"{op} does not take {dtype} {list(shape)} as tensor {position}")
         configured = built.clone()
         built.destroy()
-        workspace_bytes = configured.configure(self._tensors, len(given))
+        workspace_bytes = configured.configure(self._tensors, len(given), limits)
         stored = configured.serialize()
 
         # Run time: the engine recreates the plugin from what it stored, and a context runs a copy of it.
         self._restored = library.create(op, stored, "runtime")
         configured.destroy()
         self._attached = self._restored.attach()
-        self._attached.shape_change(self._tensors, len(given))
-
-        self.inputs: tuple[GuardedBuffer, ...] = tuple(inputs)
-        self.outputs: tuple[GuardedBuffer, ...] = tuple(
-            inputs[alias] if aliased and alias >= 0 else GuardedBuffer(f"output {index}", shape, dtype, device)
-            for index, (alias, (shape, dtype)) in enumerate(zip(aliases, self._tensors[len(given) :], strict=True))
-        )
         self.workspace = GuardedBuffer("workspace", [workspace_bytes], torch.uint8, device)
+        self.inputs: tuple[GuardedBuffer, ...] = ()
+        self.outputs: tuple[GuardedBuffer, ...] = ()
+        self.change(inputs)
+
+    def change(self, inputs: Sequence[GuardedBuffer], *, on_clone: bool = False) -> None:
+        """Other inputs, of other shapes perhaps, for the following calls: what TensorRT says between two calls of one
+        execution context. The workspace stays as it is, with what the calls before left in it.
+
+        Args:
+            inputs: as for the class.
+            on_clone: whether a clone takes the place of the plugin first.
+
+        Raises:
+            PluginError: the plugin refused.
+        """
+        if on_clone:
+            replaced, self._attached = self._attached, self._attached.clone()
+            replaced.destroy()
+        given = [(buffer.shape, buffer.dtype) for buffer in inputs]
+        output_types = self._restored.output_types([dtype for _, dtype in given])
+        outputs = list(zip(self._restored.output_shapes(given), output_types, strict=True))
+        self._tensors = [*given, *outputs]
+        self._attached.shape_change(self._tensors, len(given))
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(
+            inputs[alias]
+            if self._is_aliased and alias >= 0
+            else GuardedBuffer(f"output {index}", shape, dtype, self._device)
+            for index, (alias, (shape, dtype)) in enumerate(zip(self._aliases, outputs, strict=True))
+        )
         self._input_addresses = [buffer.address for buffer in self.inputs]
         self._output_addresses = [buffer.address for buffer in self.outputs]
 
@@ -870,6 +912,7 @@ def run_plugin(
     *,
     aliased: bool = True,
     device: str = "cpu",
+    max_shapes: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Tensor, ...]:
     """Runs one node once, as an engine would.
 
@@ -880,6 +923,7 @@ def run_plugin(
         attributes: values in the order of the plugin's fields; int or float as in the ONNX node.
         aliased: whether outputs that may share an input's memory do; else they have their own.
         device: where the tensors that the plugin sees are.
+        max_shapes: the largest shapes of the inputs that the plugin is configured for; default: those of ``inputs``.
 
     Returns:
         its outputs, on the device of the inputs.
@@ -888,7 +932,7 @@ def run_plugin(
         PluginError: the plugin refused, or broke a rule of TensorRT or CUDA.
     """
     memory = [GuardedBuffer.holding(f"input {index}", tensor, device) for index, tensor in enumerate(inputs)]
-    prepared = PreparedPlugin(library, op, memory, attributes, aliased=aliased, device=device)
+    prepared = PreparedPlugin(library, op, memory, attributes, aliased=aliased, device=device, max_shapes=max_shapes)
     prepared.enqueue(torch.cuda.current_stream().cuda_stream if device != "cpu" else 0)
     if device != "cpu":
         torch.cuda.synchronize()

@@ -38,6 +38,27 @@ void writeAttentionParameters(AttentionParameters const& parameters, PluginField
     fields[3] = {"scale", &parameters.scale, PluginFieldType::kFLOAT32, 1};
 }
 
+bool checkGranted(char const* plugin, int64_t needed, int64_t granted) noexcept
+{
+    if (needed <= std::max<int64_t>(0, granted))
+    {
+        return true;
+    }
+    if (granted == kNO_WORKSPACE)
+    {
+        reportError(plugin,
+            "these shapes need a workspace of %lld bytes: got one of unknown size, expected a plugin that was configured; "
+            "hint: TensorRT has to call configurePlugin before the plugin runs",
+            static_cast<long long>(needed));
+        return false;
+    }
+    reportError(plugin,
+        "the workspace is too small for these shapes: got %lld bytes, which the engine grants, expected at least %lld; hint: "
+        "keep to the shapes of the optimization profile, or build the engine again",
+        static_cast<long long>(granted), static_cast<long long>(needed));
+    return false;
+}
+
 bool checkExpectedShapes(char const* plugin, Dims const* inputs, ExpectedShape const* expected, int32_t count) noexcept
 {
     for (int32_t i = 0; i < count; ++i)

@@ -29,6 +29,22 @@ int64_t numSplits(int64_t capacity) noexcept
 {
     return std::max<int64_t>(1, ceilDiv(capacity, splitKeys(capacity)));
 }
+
+//! The most pieces of any cache up to this capacity. More than numSplits() of it where a shorter cache has shorter pieces: 1024
+//! keys are 8 pieces of 128, 1100 keys are 5 of 256. Within one length of pieces the longest cache has the most.
+int64_t mostSplits(int64_t capacity) noexcept
+{
+    int64_t most = 1;
+    for (kernels::SplitKeys const& item : kernels::kSPLIT_KEYS)
+    {
+        most = std::max(most, ceilDiv(std::min(capacity, item.largestCapacity), item.keys));
+        if (capacity <= item.largestCapacity)
+        {
+            break;
+        }
+    }
+    return most;
+}
 } // namespace
 
 struct AttentionPlugin::Sizes
@@ -38,16 +54,22 @@ struct AttentionPlugin::Sizes
     int64_t capacity;
 };
 
+AttentionPlugin::Sizes AttentionPlugin::sizesOf(Dims const& query, Dims const& cache) noexcept
+{
+    return {query.d[0], query.d[1], cache.d[2]};
+}
+
 //! Rotated query T [B, S, H*D], then of the pieces of a split cache: partial_output float32 [B, S, H, pieces, D] and
 //! partial_softmax float32 [B, S, H, pieces, 2]; each part aligned.
 struct AttentionPlugin::Workspace : WorkspaceParts
 {
-    //! `splitTokens`: as many of the new tokens as a split serves; 0 where there is none.
-    Workspace(AttentionParameters const& parameters, Sizes const& sizes, int64_t splitTokens, int64_t elementBytes) noexcept
+    //! `splitTokens`: as many of the new tokens as a split serves; 0 where there is none. `splits`: pieces of the cache.
+    Workspace(AttentionParameters const& parameters, Sizes const& sizes, int64_t splitTokens, int64_t splits,
+        int64_t elementBytes) noexcept
     {
         constexpr int64_t kFLOAT_BYTES = sizeof(float);
         int64_t const queryWidth = static_cast<int64_t>(parameters.num_heads) * parameters.head_dim;
-        int64_t const pieces = sizes.batch * splitTokens * parameters.num_heads * numSplits(sizes.capacity);
+        int64_t const pieces = sizes.batch * splitTokens * parameters.num_heads * splits;
         partialOutput = padded(sizes.batch * sizes.newTokens * queryWidth * elementBytes);
         partialSoftmax = partialOutput + padded(pieces * parameters.head_dim * kFLOAT_BYTES);
         bytes = partialSoftmax + padded(pieces * 2 * kFLOAT_BYTES);
@@ -57,16 +79,6 @@ struct AttentionPlugin::Workspace : WorkspaceParts
     int64_t partialOutput;
     int64_t partialSoftmax;
 };
-
-void AttentionPlugin::read(FieldReader& reader, AttentionParameters& parameters) noexcept
-{
-    readAttentionParameters(reader, parameters);
-}
-
-void AttentionPlugin::write(AttentionParameters const& parameters, PluginField* fields) noexcept
-{
-    writeAttentionParameters(parameters, fields);
-}
 
 bool AttentionPlugin::loadKernels() noexcept
 {
@@ -85,14 +97,14 @@ bool AttentionPlugin::isSplit(int64_t newTokens) const noexcept
         || productOf({newTokens, mParameters.num_heads / mParameters.num_kv_heads}) <= kernels::kSPLIT_ROWS;
 }
 
-//! Of the grids of the two kernels, where the cache is split.
-bool AttentionPlugin::checkSplitLimits(int64_t batch, int64_t newTokens, int64_t capacity) const noexcept
+//! Checks the grids of the two kernels where the cache is split. What is not known yet is -1.
+bool AttentionPlugin::checkSplitLimits(int64_t batch, int64_t newTokens, int64_t splits) const noexcept
 {
     int64_t const groupSize = mParameters.num_heads / mParameters.num_kv_heads;
     return checkLimit(kNAME, "batch * new tokens * num_heads", productOf({batch, newTokens, mParameters.num_heads}),
                kMAX_GRID_X)
         && checkLimit(kNAME, "new tokens * heads in a group * pieces of the KV cache",
-            productOf({newTokens, groupSize, capacity < 0 ? capacity : numSplits(capacity)}), kMAX_GRID_X);
+            productOf({newTokens, groupSize, splits}), kMAX_GRID_X);
 }
 
 int32_t AttentionPlugin::getNbOutputs() const noexcept
@@ -156,7 +168,8 @@ bool AttentionPlugin::checkShapes(Dims const* inputs) const noexcept
     };
     return checkExpectedShapes(kNAME, inputs, expected, sizeof expected / sizeof expected[0])
         && checkAttentionLimits(kNAME, mParameters, batch, newTokens, capacity)
-        && (!isSplit(newTokens) || checkSplitLimits(batch, newTokens, capacity));
+        && (!isSplit(newTokens)
+            || checkSplitLimits(batch, newTokens, capacity < 0 ? kUNKNOWN_DIMENSION : numSplits(capacity)));
 }
 
 int32_t AttentionPlugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const* /*shapeInputs*/,
@@ -206,24 +219,44 @@ int32_t AttentionPlugin::configurePlugin(DynamicPluginTensorDesc const* in, int3
     {
         return kFAILURE;
     }
-    return noteDtype(in[kQUERY].desc.type);
+    int64_t const bytes = largestWorkspace(in);
+    if (bytes == kNO_WORKSPACE || noteDtype(in[kQUERY].desc.type) != kSUCCESS)
+    {
+        return kFAILURE;
+    }
+    noteWorkspace(bytes);
+    return kSUCCESS;
 }
 
-size_t AttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t /*nbInputs*/,
-    DynamicPluginTensorDesc const* /*outputs*/, int32_t /*nbOutputs*/) const noexcept
+//! The most bytes that a call within a profile needs; kNO_WORKSPACE, with the reason reported, where that is beyond the limits.
+int64_t AttentionPlugin::largestWorkspace(DynamicPluginTensorDesc const* inputs) const noexcept
 {
     Dims const& query = inputs[kQUERY].max;
     Sizes const largest{query.d[0], query.d[1], inputs[kPAST_KEY].max.d[2]};
     // A call of fewer tokens than the largest may be split.
     int64_t const group = mParameters.num_heads / mParameters.num_kv_heads;
     int64_t const splitTokens = std::min(largest.newTokens, std::max<int64_t>(1, kernels::kSPLIT_ROWS / group));
+    int64_t const splits = mostSplits(largest.capacity);
     if (!checkLargestQuery(kNAME, mParameters, query, largest.capacity)
-        || !checkSplitLimits(largest.batch, splitTokens, largest.capacity))
+        || !checkSplitLimits(largest.batch, splitTokens, splits))
     {
-        return kIMPOSSIBLE_WORKSPACE;
+        return kNO_WORKSPACE;
     }
-    return static_cast<size_t>(
-        Workspace(mParameters, largest, splitTokens, elementSize(inputs[kQUERY].desc.type)).bytes);
+    return Workspace(mParameters, largest, splitTokens, splits, elementSize(inputs[kQUERY].desc.type)).bytes;
+}
+
+size_t AttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t /*nbInputs*/,
+    DynamicPluginTensorDesc const* /*outputs*/, int32_t /*nbOutputs*/) const noexcept
+{
+    int64_t const bytes = largestWorkspace(inputs);
+    return bytes == kNO_WORKSPACE ? kIMPOSSIBLE_WORKSPACE : static_cast<size_t>(bytes);
+}
+
+//! The parts of one call's workspace.
+AttentionPlugin::Workspace AttentionPlugin::workspaceOf(Sizes const& sizes, DataType type) const noexcept
+{
+    int64_t const splitTokens = isSplit(sizes.newTokens) ? sizes.newTokens : 0;
+    return {mParameters, sizes, splitTokens, numSplits(sizes.capacity), elementSize(type)};
 }
 
 int32_t AttentionPlugin::onShapeChange(
@@ -238,7 +271,8 @@ int32_t AttentionPlugin::onShapeChange(
     {
         dims[i] = in[i].dims;
     }
-    bool const fits = checkKnown(kNAME, dims, kNUM_INPUTS) && checkShapes(dims);
+    bool const fits = checkKnown(kNAME, dims, kNUM_INPUTS) && checkShapes(dims)
+        && checkWorkspace(workspaceOf(sizesOf(dims[kQUERY], dims[kPAST_KEY]), in[kQUERY].type).bytes);
     return fits && prepareKernels(in[kQUERY].type) ? kSUCCESS : kFAILURE;
 }
 
@@ -361,10 +395,13 @@ int32_t AttentionPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensor
 {
     Dims const& query = inputDesc[kQUERY].dims;
     Dims const& cache = inputDesc[kPAST_KEY].dims;
-    Sizes const sizes{query.d[0], query.d[1], cache.d[2]};
+    Sizes const sizes = sizesOf(query, cache);
     int64_t const cacheBytes
         = cache.d[0] * cache.d[1] * cache.d[2] * cache.d[3] * elementSize(inputDesc[kPAST_KEY].type);
-    if (!checkReady() || !copyCache(cacheBytes, inputs[kPAST_KEY], outputs[kPRESENT_KEY], stream)
+    Workspace parts = workspaceOf(sizes, inputDesc[kQUERY].type);
+    parts.start = workspace;
+    if (!checkReady() || !checkWorkspace(parts.bytes)
+        || !copyCache(cacheBytes, inputs[kPAST_KEY], outputs[kPRESENT_KEY], stream)
         || !copyCache(cacheBytes, inputs[kPAST_VALUE], outputs[kPRESENT_VALUE], stream))
     {
         return kFAILURE;
@@ -381,13 +418,10 @@ int32_t AttentionPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensor
     {
         return kFAILURE;
     }
-    bool const splits = isSplit(sizes.newTokens);
-    Workspace parts(mParameters, sizes, splits ? sizes.newTokens : 0, elementSize(inputDesc[kQUERY].type));
-    parts.start = workspace;
     void const* const pastLength = inputs[kPAST_LENGTH];
     bool const isDone = rotateAndAppend(sizes, parts, inputs, outputs, stream)
-        && (splits ? attendInPieces(sizes, parts, pastLength, outputs, stream)
-                   : attendWhole(sizes, parts, pastLength, outputs, stream));
+        && (isSplit(sizes.newTokens) ? attendInPieces(sizes, parts, pastLength, outputs, stream)
+                                     : attendWhole(sizes, parts, pastLength, outputs, stream));
     return isDone ? kSUCCESS : kFAILURE;
 }
 } // namespace llama_export

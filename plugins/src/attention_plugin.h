@@ -16,7 +16,7 @@
 
 namespace llama_export
 {
-class AttentionPlugin final : public PluginBase<AttentionPlugin, AttentionParameters, kNUM_ATTENTION_ATTRIBUTES>
+class AttentionPlugin final : public AttentionBase<AttentionPlugin>
 {
 public:
     static constexpr char const* kNAME = "LlamaAttention";
@@ -40,10 +40,7 @@ public:
         kPRESENT_VALUE,
         kNUM_OUTPUTS
     };
-    using PluginBase::PluginBase;
-
-    static void read(FieldReader& reader, AttentionParameters& parameters) noexcept;
-    static void write(AttentionParameters const& parameters, nvinfer1::PluginField* fields) noexcept;
+    using AttentionBase::AttentionBase;
 
     bool loadKernels() noexcept;
 
@@ -72,7 +69,10 @@ private:
     bool checkShapes(nvinfer1::Dims const* inputs) const noexcept;
     bool copyCache(int64_t bytes, void const* past, void* present, cudaStream_t stream) const noexcept;
     bool isSplit(int64_t newTokens) const noexcept;
-    bool checkSplitLimits(int64_t batch, int64_t newTokens, int64_t capacity) const noexcept;
+    bool checkSplitLimits(int64_t batch, int64_t newTokens, int64_t splits) const noexcept;
+    int64_t largestWorkspace(nvinfer1::DynamicPluginTensorDesc const* inputs) const noexcept;
+    Workspace workspaceOf(Sizes const& sizes, nvinfer1::DataType type) const noexcept;
+    static Sizes sizesOf(nvinfer1::Dims const& query, nvinfer1::Dims const& cache) noexcept;
     bool rotateAndAppend(Sizes const& sizes, Workspace const& parts, void const* const* inputs, void* const* outputs,
         cudaStream_t stream) const noexcept;
     template <class Arguments>

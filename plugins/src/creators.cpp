@@ -1,6 +1,7 @@
 //! \file
 //! What TensorRT calls when it loads the library, and what tools may ask it. Nothing else is exported (exports.map).
 
+#include "abi.h"
 #include "attention_plugin.h"
 #include "log.h"
 #include "masked_attention_plugin.h"
@@ -12,9 +13,6 @@
 
 namespace
 {
-//! Raised when an engine of the previous library would not run on this one: other inputs, attributes, or stored fields.
-constexpr int32_t kABI = 3;
-
 llama_export::PluginCreator<llama_export::RmsNormPlugin> gRmsNormCreator;
 llama_export::PluginCreator<llama_export::AddRmsNormPlugin> gAddRmsNormCreator;
 llama_export::PluginCreator<llama_export::AttentionPlugin> gAttentionCreator;
@@ -54,7 +52,7 @@ LLAMA_EXPORT_API char const* llama_export_plugins_version() noexcept
 //! An engine runs on the libraries that give the number of the library it was built with.
 LLAMA_EXPORT_API int32_t llama_export_plugins_abi() noexcept
 {
-    return kABI;
+    return llama_export::kABI;
 }
 
 //! Copies the latest error sentence that has not been taken yet into `buffer`, of `size` bytes, and forgets it; returns its

@@ -36,6 +36,7 @@ bool openDriver(char const* plugin, CudaDriver& driver) noexcept
     }
     char const* missing = nullptr;
     find(library, "cuCtxGetCurrent", driver.ctxGetCurrent, missing);
+    find(library, "cuCtxGetId", driver.ctxGetId, missing); // CUDA 12
     find(library, "cuCtxGetDevice", driver.ctxGetDevice, missing);
     find(library, "cuDeviceGetAttribute", driver.deviceGetAttribute, missing);
     find(library, "cuModuleLoadData", driver.moduleLoadData, missing);
@@ -45,8 +46,6 @@ bool openDriver(char const* plugin, CudaDriver& driver) noexcept
     find(library, "cuMemcpyDtoDAsync_v2", driver.memcpyDtoDAsync, missing);
     find(library, "cuMemsetD8Async", driver.memsetD8Async, missing);
     find(library, "cuGetErrorName", driver.getErrorName, missing);
-    char const* optional = nullptr;
-    find(library, "cuCtxGetId", driver.ctxGetId, optional);
     if (missing != nullptr)
     {
         reportError(plugin, "`%s` is no usable CUDA driver: it lacks `%s`; hint: install a driver for CUDA 12 or later",

@@ -24,7 +24,7 @@ constexpr int32_t kFUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;
 struct CudaDriver
 {
     CUresult (*ctxGetCurrent)(CUcontext* context);
-    CUresult (*ctxGetId)(CUcontext context, unsigned long long* id); //!< nullptr in drivers before CUDA 12
+    CUresult (*ctxGetId)(CUcontext context, unsigned long long* id);
     CUresult (*ctxGetDevice)(CUdevice* device);
     CUresult (*deviceGetAttribute)(int32_t* value, int32_t attribute, CUdevice device);
     CUresult (*moduleLoadData)(CUmodule* module, void const* image);

@@ -1,5 +1,6 @@
 #include "fields.h"
 
+#include "abi.h"
 #include "log.h"
 
 #include <cstring>
@@ -52,6 +53,18 @@ FieldReader::FieldReader(char const* plugin, nvinfer1::PluginFieldCollection con
     }
 }
 
+bool FieldReader::has(char const* name) const noexcept
+{
+    for (int32_t i = 0; mIsGood && i < mFields->nbFields; ++i)
+    {
+        if (mFields->fields[i].name != nullptr && std::strcmp(mFields->fields[i].name, name) == 0)
+        {
+            return true;
+        }
+    }
+    return false;
+}
+
 PluginField const* FieldReader::find(char const* name) noexcept
 {
     if (!mIsGood)
@@ -97,22 +110,27 @@ void FieldReader::reportType(PluginField const& field, char const* expected) noe
     mIsGood = false;
 }
 
-void FieldReader::readInteger(char const* name, int32_t& value) noexcept
+void FieldReader::readInteger(char const* name, int64_t& value) noexcept
 {
     PluginField const* const field = find(name);
     if (field == nullptr)
     {
         return;
     }
-    int64_t wide = 0;
     switch (field->type)
     {
-    case PluginFieldType::kINT8: wide = load<int8_t>(*field); break;
-    case PluginFieldType::kINT16: wide = load<int16_t>(*field); break;
-    case PluginFieldType::kINT32: wide = load<int32_t>(*field); break;
-    case PluginFieldType::kINT64: wide = load<int64_t>(*field); break;
-    default: reportType(*field, "an integer"); return;
+    case PluginFieldType::kINT8: value = load<int8_t>(*field); break;
+    case PluginFieldType::kINT16: value = load<int16_t>(*field); break;
+    case PluginFieldType::kINT32: value = load<int32_t>(*field); break;
+    case PluginFieldType::kINT64: value = load<int64_t>(*field); break;
+    default: reportType(*field, "an integer"); break;
     }
+}
+
+void FieldReader::readInteger(char const* name, int32_t& value) noexcept
+{
+    int64_t wide = value;
+    readInteger(name, wide);
     require(wide >= std::numeric_limits<int32_t>::min() && wide <= std::numeric_limits<int32_t>::max(), name,
         static_cast<double>(wide), "a 32-bit integer");
     value = static_cast<int32_t>(wide);
@@ -138,6 +156,23 @@ void FieldReader::require(bool condition, char const* name, double got, char con
     if (mIsGood && !condition)
     {
         reportError(mPlugin, "field `%s` is out of range: got %.9g, expected %s", name, got, expected);
+        mIsGood = false;
+    }
+}
+
+void FieldReader::requireAbi() noexcept
+{
+    constexpr char const* kHINT = "hint: build the engine again with this library, or load the library that built it";
+    if (mIsGood && !has("abi"))
+    {
+        reportError(mPlugin, "another plugin library built this engine: got no ABI number, expected %d; %s", kABI, kHINT);
+        mIsGood = false;
+    }
+    int32_t abi = 0;
+    readInteger("abi", abi);
+    if (mIsGood && abi != kABI)
+    {
+        reportError(mPlugin, "another plugin library built this engine: got ABI %d, expected %d; %s", abi, kABI, kHINT);
         mIsGood = false;
     }
 }

@@ -15,6 +15,7 @@ public:
 
     //! One integer, of any type that holds integers: ONNX INT attributes arrive as kINT32 whatever the creator declared.
     void readInteger(char const* name, int32_t& value) noexcept;
+    void readInteger(char const* name, int64_t& value) noexcept;
 
     //! One floating-point number.
     void readFloat(char const* name, float& value) noexcept;
@@ -22,10 +23,14 @@ public:
     //! Reports a value that is out of range.
     void require(bool condition, char const* name, double got, char const* expected) noexcept;
 
+    //! Reports an engine that another library's rules made: `abi` is missing, or holds another number than kABI.
+    void requireAbi() noexcept;
+
     //! Reports fields that nobody read. True if nothing was reported at all.
     bool finish() noexcept;
 
 private:
+    bool has(char const* name) const noexcept;
     nvinfer1::PluginField const* find(char const* name) noexcept;
     void reportType(nvinfer1::PluginField const& field, char const* expected) noexcept;
 

@@ -88,7 +88,7 @@ bool currentContext(char const* plugin, CudaDriver const& driver, ContextKey& ke
                             "that uses the GPU");
         return false;
     }
-    if (error == kCUDA_SUCCESS && driver.ctxGetId != nullptr)
+    if (error == kCUDA_SUCCESS)
     {
         error = driver.ctxGetId(key.context, &key.id);
     }

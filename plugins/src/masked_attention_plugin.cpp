@@ -25,16 +25,6 @@ struct MaskedAttentionPlugin::Workspace : WorkspaceParts
     int64_t pastLength;
 };
 
-void MaskedAttentionPlugin::read(FieldReader& reader, AttentionParameters& parameters) noexcept
-{
-    readAttentionParameters(reader, parameters);
-}
-
-void MaskedAttentionPlugin::write(AttentionParameters const& parameters, PluginField* fields) noexcept
-{
-    writeAttentionParameters(parameters, fields);
-}
-
 bool MaskedAttentionPlugin::loadKernels() noexcept
 {
     int32_t const dtype = mParameters.dtype;
@@ -132,19 +122,31 @@ int32_t MaskedAttentionPlugin::configurePlugin(DynamicPluginTensorDesc const* in
     {
         return kFAILURE;
     }
-    return noteDtype(in[kQUERY].desc.type);
+    int64_t const bytes = largestWorkspace(in);
+    if (bytes == kNO_WORKSPACE || noteDtype(in[kQUERY].desc.type) != kSUCCESS)
+    {
+        return kFAILURE;
+    }
+    noteWorkspace(bytes);
+    return kSUCCESS;
+}
+
+//! The most bytes that a call within a profile needs; kNO_WORKSPACE, with the reason reported, where that is beyond the limits.
+int64_t MaskedAttentionPlugin::largestWorkspace(DynamicPluginTensorDesc const* inputs) const noexcept
+{
+    Dims const& query = inputs[kQUERY].max;
+    if (!checkLargestQuery(kNAME, mParameters, query, query.d[1]))
+    {
+        return kNO_WORKSPACE;
+    }
+    return Workspace(mParameters, query.d[0], query.d[1], elementSize(inputs[kQUERY].desc.type)).bytes;
 }
 
 size_t MaskedAttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t /*nbInputs*/,
     DynamicPluginTensorDesc const* /*outputs*/, int32_t /*nbOutputs*/) const noexcept
 {
-    Dims const& query = inputs[kQUERY].max;
-    if (!checkLargestQuery(kNAME, mParameters, query, query.d[1]))
-    {
-        return kIMPOSSIBLE_WORKSPACE;
-    }
-    return static_cast<size_t>(
-        Workspace(mParameters, query.d[0], query.d[1], elementSize(inputs[kQUERY].desc.type)).bytes);
+    int64_t const bytes = largestWorkspace(inputs);
+    return bytes == kNO_WORKSPACE ? kIMPOSSIBLE_WORKSPACE : static_cast<size_t>(bytes);
 }
 
 int32_t MaskedAttentionPlugin::onShapeChange(
@@ -159,7 +161,9 @@ int32_t MaskedAttentionPlugin::onShapeChange(
     {
         dims[i] = in[i].dims;
     }
-    bool const fits = checkKnown(kNAME, dims, kNUM_INPUTS) && checkShapes(dims);
+    Dims const& query = dims[kQUERY];
+    bool const fits = checkKnown(kNAME, dims, kNUM_INPUTS) && checkShapes(dims)
+        && checkWorkspace(Workspace(mParameters, query.d[0], query.d[1], elementSize(in[kQUERY].type)).bytes);
     return fits && prepareKernels(in[kQUERY].type) ? kSUCCESS : kFAILURE;
 }
 
@@ -249,6 +253,10 @@ int32_t MaskedAttentionPlugin::enqueue(PluginTensorDesc const* inputDesc, Plugin
     }
     Workspace parts(mParameters, batch, tokens, elementSize(inputDesc[kQUERY].type));
     parts.start = workspace;
+    if (!checkWorkspace(parts.bytes))
+    {
+        return kFAILURE;
+    }
     bool const isDone = clearPastLength(parts, batch, stream) && rotate(parts, batch, tokens, inputs, stream)
         && attend(parts, batch, tokens, inputs[kATTENTION_MASK], outputs[kATTN_OUTPUT], stream);
     return isDone ? kSUCCESS : kFAILURE;

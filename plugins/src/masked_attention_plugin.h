@@ -13,8 +13,7 @@
 
 namespace llama_export
 {
-class MaskedAttentionPlugin final
-    : public PluginBase<MaskedAttentionPlugin, AttentionParameters, kNUM_ATTENTION_ATTRIBUTES>
+class MaskedAttentionPlugin final : public AttentionBase<MaskedAttentionPlugin>
 {
 public:
     static constexpr char const* kNAME = "LlamaMaskedAttention";
@@ -34,10 +33,7 @@ public:
         kATTN_OUTPUT,
         kNUM_OUTPUTS
     };
-    using PluginBase::PluginBase;
-
-    static void read(FieldReader& reader, AttentionParameters& parameters) noexcept;
-    static void write(AttentionParameters const& parameters, nvinfer1::PluginField* fields) noexcept;
+    using AttentionBase::AttentionBase;
 
     bool loadKernels() noexcept;
 
@@ -62,6 +58,7 @@ private:
     struct Workspace; //!< the parts of it
 
     bool checkShapes(nvinfer1::Dims const* inputs) const noexcept;
+    int64_t largestWorkspace(nvinfer1::DynamicPluginTensorDesc const* inputs) const noexcept;
     bool clearPastLength(Workspace const& parts, int64_t batch, cudaStream_t stream) const noexcept;
     bool rotate(Workspace const& parts, int64_t batch, int64_t tokens, void const* const* inputs,
         cudaStream_t stream) const noexcept;

@@ -2,6 +2,7 @@
 //! What the plugins share: the capabilities in one object, cloning, serialised fields, and their creator.
 #pragma once
 
+#include "abi.h"
 #include "fields.h"
 #include "kernel_cache.h"
 #include "log.h"
@@ -30,6 +31,9 @@ inline int64_t elementSize(nvinfer1::DataType type) noexcept
     return type == nvinfer1::DataType::kFLOAT ? 4 : 2;
 }
 
+//! `abi` and `dtype`: what every plugin stores in an engine beside its attributes.
+constexpr int32_t kNUM_BASE_STORED = 2;
+
 //! One object is the plugin and its three capabilities.
 //!
 //! `Derived` supplies
@@ -39,9 +43,9 @@ inline int64_t elementSize(nvinfer1::DataType type) noexcept
 //!   read(FieldReader&, Parameters&)          reads the attributes and checks their ranges
 //!   write(Parameters const&, PluginField*)   the attributes as fields
 //!   loadKernels()            loads the kernels for mParameters into the current CUDA context
-//! and the virtual functions that this class leaves pure; where an engine must store more than the data type, also
+//! and the virtual functions that this class leaves pure; where an engine must store more than kNUM_BASE_STORED fields, also
 //!   readStored(FieldReader&, Parameters&), writeStored(Parameters const&, PluginField*), isConfigured(Parameters const&)
-template <class Derived, class Parameters_, int32_t NumAttributes, int32_t NumStored = 1>
+template <class Derived, class Parameters_, int32_t NumAttributes, int32_t NumStored>
 class PluginBase : public nvinfer1::IPluginV3,
                    public nvinfer1::IPluginV3OneCore,
                    public nvinfer1::IPluginV3OneBuildV2,
@@ -104,10 +108,12 @@ public:
         return &mFieldCollection;
     }
 
-    //! What configurePlugin() found out, which an engine stores beside the attributes.
+    //! What an engine stores beside the attributes: the rules it was built by, and what configurePlugin() found out. `abi` is
+    //! read before everything else (FieldReader::requireAbi).
     static void writeStored(Parameters const& parameters, nvinfer1::PluginField* fields) noexcept
     {
-        fields[0] = {"dtype", &parameters.dtype, nvinfer1::PluginFieldType::kINT32, 1};
+        fields[0] = {"abi", &kABI, nvinfer1::PluginFieldType::kINT32, 1};
+        fields[1] = {"dtype", &parameters.dtype, nvinfer1::PluginFieldType::kINT32, 1};
     }
     static void readStored(FieldReader& reader, Parameters& parameters) noexcept
     {
@@ -192,6 +198,7 @@ private:
             return nullptr;
         }
         made->describeFields();
+        made->mIsReady = false; // the kernels are those of the context that the origin was attached to
         return made;
     }
 
@@ -234,8 +241,13 @@ public:
     {
         typename Plugin::Parameters parameters;
         FieldReader reader(Plugin::kNAME, fields);
+        bool const isStored = phase == nvinfer1::TensorRTPhase::kRUNTIME;
+        if (isStored)
+        {
+            reader.requireAbi();
+        }
         Plugin::read(reader, parameters);
-        if (phase == nvinfer1::TensorRTPhase::kRUNTIME)
+        if (isStored)
         {
             Plugin::readStored(reader, parameters);
         }

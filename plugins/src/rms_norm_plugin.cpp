@@ -53,7 +53,7 @@ template <class Derived>
 void NormPlugin<Derived>::writeStored(RmsNormParameters const& parameters, PluginField* fields) noexcept
 {
     Base::writeStored(parameters, fields);
-    fields[1] = {"hidden_size", &parameters.hidden_size, PluginFieldType::kINT32, 1};
+    fields[kNUM_BASE_STORED] = {"hidden_size", &parameters.hidden_size, PluginFieldType::kINT32, 1};
 }
 
 template <class Derived>

@@ -22,10 +22,10 @@ struct RmsNormParameters
 
 //! What the two norms share: everything but the residual.
 template <class Derived>
-class NormPlugin : public PluginBase<Derived, RmsNormParameters, 1, 2>
+class NormPlugin : public PluginBase<Derived, RmsNormParameters, 1, kNUM_BASE_STORED + 1>
 {
 public:
-    using Base = PluginBase<Derived, RmsNormParameters, 1, 2>;
+    using Base = PluginBase<Derived, RmsNormParameters, 1, kNUM_BASE_STORED + 1>;
     using Base::Base;
 
     static void read(FieldReader& reader, RmsNormParameters& parameters) noexcept;

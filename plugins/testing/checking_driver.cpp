@@ -9,6 +9,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
+#include <string>
+#include <vector>
 
 extern "C" void stand_in_set_answers(llama_export::CudaDriver const* answers);
 
@@ -111,21 +114,144 @@ void checkMemory(char const* what, CUdeviceptr address, uint64_t bytes) noexcept
     fail("%s: %llu bytes at 0x%llx lie in no tensor of this plugin", what, static_cast<unsigned long long>(bytes), address);
 }
 
-//! Reads every argument from where it lies, as the driver would: an argument that is gone is AddressSanitizer's to find.
-void checkArguments(KernelImage const& image, void** parameters) noexcept
+KernelSignature const& signatureOf(KernelImage const& image) noexcept
 {
-    char const* kinds = nullptr;
     for (KernelSignature const& signature : kSignatures)
     {
         if (std::strcmp(signature.kernel, image.kernel) == 0)
         {
-            kinds = signature.kinds;
+            return signature;
         }
     }
-    if (kinds == nullptr)
+    fail("kernel `%s` has no signature", image.kernel);
+}
+
+//! The sizes that one launch was given: what its kernel reads and writes, as plugins/kernels/*.py index it.
+class Launch
+{
+public:
+    Launch(KernelImage const& image, KernelSignature const& signature, void** parameters, int64_t gridX, int64_t gridZ) noexcept
+        : mImage(image)
+        , mSignature(signature)
+        , mParameters(parameters)
     {
-        fail("kernel `%s` has no signature", image.kernel);
+        mTokens = integer(is("attention_padded") ? "num_tokens" : "new_tokens");
+        mHeads = integer("num_heads");
+        bool const isOfRows = is("rotate_and_append") || is("attention_combine"); // programs: a token each, or a head of one
+        int64_t const programs = is("rotate_and_append") ? mTokens : mTokens * mHeads;
+        if (isOfRows && (programs < 1 || gridX % programs != 0))
+        {
+            fail("kernel `%s` has %lld programs for batches of %lld", image.kernel, static_cast<long long>(gridX),
+                static_cast<long long>(programs));
+        }
+        mBatch = isOfRows ? gridX / programs : gridZ;
     }
+
+    //! Bytes from a pointer on that the kernel may touch.
+    uint64_t bytesAt(char const* argument) const noexcept
+    {
+        int64_t const element = mImage.dtype == 0 ? 4 : 2;
+        int64_t const width = integer("head_dim");
+        int64_t const kvHeads = integer("num_kv_heads");
+        int64_t const pieces = integer("num_splits");
+        auto const named = [argument](char const* name) { return std::strcmp(argument, name) == 0; };
+        if (is("rotate_and_append") && (named("query") || named("key") || named("value"))) // tokens a stride apart
+        {
+            std::string const stride = std::string(argument) + "_stride";
+            int64_t const row = (named("query") ? mHeads : kvHeads) * width;
+            return product({mBatch * mTokens - 1, integer(stride.c_str()), element}) + product({row, element});
+        }
+        if (named("cos") || named("sin"))
+        {
+            return product({mBatch, mTokens, width / 2, 4});
+        }
+        if (named("past_length"))
+        {
+            return product({mBatch, 8});
+        }
+        if (named("attention_mask"))
+        {
+            return product({mBatch, mTokens, 8});
+        }
+        if (named("rotated_query") || named("attn_output"))
+        {
+            return product({mBatch, mTokens, mHeads, width, element});
+        }
+        if (named("present_key") || named("present_value"))
+        {
+            return product({mBatch, kvHeads, integer("capacity"), width, element});
+        }
+        if (named("rotated_key") || named("value"))
+        {
+            return product({mBatch, kvHeads, mTokens, width, element});
+        }
+        if (named("partial_output") || named("partial_softmax"))
+        {
+            return product({mBatch, mTokens, mHeads, pieces, named("partial_output") ? width : 2, 4});
+        }
+        if (named("weight"))
+        {
+            return product({integer("hidden_size"), element});
+        }
+        if (named("hidden_states") || named("residual") || named("normed") || named("new_residual"))
+        {
+            return product({integer("num_rows"), integer("hidden_size"), element});
+        }
+        fail("kernel `%s` has an argument of unknown extent: `%s`", mImage.kernel, argument);
+    }
+
+private:
+    bool is(char const* kernel) const noexcept
+    {
+        return std::strcmp(mImage.kernel, kernel) == 0;
+    }
+
+    //! The value of an integer argument; 0 where the kernel has none of that name.
+    int64_t integer(char const* name) const noexcept
+    {
+        for (size_t i = 0; mSignature.kinds[i] != '\0'; ++i)
+        {
+            if (mSignature.kinds[i] == 'i' && std::strcmp(mSignature.names[i], name) == 0)
+            {
+                int32_t value{};
+                std::memcpy(&value, mParameters[i], sizeof value);
+                return value;
+            }
+        }
+        return 0;
+    }
+
+    //! The largest size of a tensor where the product is beyond that.
+    static uint64_t product(std::initializer_list<int64_t> sizes) noexcept
+    {
+        unsigned __int128 bytes = 1;
+        for (int64_t const size : sizes)
+        {
+            if (size <= 0)
+            {
+                return 0;
+            }
+            bytes = bytes > kMOST_BYTES ? bytes : bytes * static_cast<unsigned __int128>(size);
+        }
+        return bytes > kMOST_BYTES ? kMOST_BYTES : static_cast<uint64_t>(bytes);
+    }
+
+    KernelImage const& mImage;
+    KernelSignature const& mSignature;
+    void** mParameters;
+    int64_t mTokens{0};
+    int64_t mHeads{0};
+    int64_t mBatch{0};
+};
+
+//! Reads every argument from where it lies, as the driver would: an argument that is gone is AddressSanitizer's to find. What a
+//! pointer stands for has to lie in one tensor or in the workspace, apart from that of every other pointer.
+void checkArguments(KernelImage const& image, void** parameters, int64_t gridX, int64_t gridZ) noexcept
+{
+    KernelSignature const& signature = signatureOf(image);
+    char const* const kinds = signature.kinds;
+    Launch const launch(image, signature, parameters, gridX, gridZ);
+    std::vector<Range> touched;
     size_t const count = std::strlen(kinds);
     for (size_t i = 0; i < count + kNUM_SCRATCH; ++i)
     {
@@ -136,9 +262,20 @@ void checkArguments(KernelImage const& image, void** parameters) noexcept
         switch (kind)
         {
         case 'p':
+        {
             std::memcpy(&pointer, parameters[i], sizeof pointer);
-            checkMemory(image.kernel, pointer, 0);
+            uint64_t const bytes = launch.bytesAt(signature.names[i]);
+            checkMemory(image.kernel, pointer, bytes);
+            for (Range const& other : touched)
+            {
+                if (pointer < other.begin + other.bytes && other.begin < pointer + bytes)
+                {
+                    fail("kernel `%s`: `%s` overlaps another argument", image.kernel, signature.names[i]);
+                }
+            }
+            touched.push_back({pointer, bytes});
             break;
+        }
         case 's':
             std::memcpy(&pointer, parameters[i], sizeof pointer);
             if (pointer != 0)
@@ -308,7 +445,7 @@ CUresult launchKernel(CUfunction handle, uint32_t gridX, uint32_t gridY, uint32_
     {
         fail("kernel `%s` is given its arguments twice", image.kernel);
     }
-    checkArguments(image, parameters);
+    checkArguments(image, parameters, gridX, gridZ);
     if (isFailing(kLAUNCH_KERNEL))
     {
         return kCUDA_ERROR_OUT_OF_MEMORY;

@@ -10,6 +10,8 @@ namespace checking
 constexpr int32_t kNO_CONTEXT = -1;
 constexpr int32_t kNUM_CONTEXTS = 4;
 
+constexpr uint64_t kMOST_BYTES = uint64_t{1} << 59; //!< of one tensor: larger ones count as this large
+
 //! Device memory. Nothing lies behind the addresses, so it may be of any size.
 struct Range
 {

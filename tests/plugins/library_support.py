@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -183,13 +184,20 @@ def write_generated(folder: Path, chip: int = 89) -> Path:
     return folder
 
 
+def source_abi() -> int:
+    """The ABI number of the sources, where CMakeLists.txt reads it too."""
+    text = (PLUGINS / "llama_export_plugins" / "__init__.py").read_text(encoding="utf-8")
+    (number,) = re.findall(r"^ABI = (\d+)$", text, re.M)
+    return int(number)
+
+
 def compile_objects(sources: Sequence[Path], generated: Path, folder: Path, extra: Sequence[str] = ()) -> list[Path]:
     """Compiles C++ and assembler files with plain g++, as CMakeLists.txt does, with the headers beside the first and
     ``extra`` options."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = [
         "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-exceptions",
-        '-DLLAMA_EXPORT_PLUGINS_VERSION="0.1.0"',
+        '-DLLAMA_EXPORT_PLUGINS_VERSION="0.1.0"', f"-DLLAMA_EXPORT_PLUGINS_ABI={source_abi()}",
         f"-I{PLUGINS / 'include'}", f"-I{sources[0].parent}", f"-I{generated}", *extra,
     ]  # fmt: skip
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -325,7 +327,6 @@ def test_a_sidecar_that_lies_about_plugins_is_refused(
 
 def test_a_plan_with_another_attribute_is_refused(copied: tuple[Bundle, Path]) -> None:
     """The engine's own plugin fields, read from the plan: a scale of another model."""
-    import hashlib
     import struct
 
     copy, path = copied
@@ -335,6 +336,32 @@ def test_a_plan_with_another_attribute_is_refused(copied: tuple[Bundle, Path]) -
     edit_sidecar(path, engine_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     with pytest.raises(ArtifactMismatchError, match="scale"):
         check_engine(copy, path)
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "wrong", "says"),
+    [("abi", "INT32", 3, "'abi': 3"), ("workspace_bytes", "INT64", 0, "LlamaAttention reserves 0 bytes")],
+)
+def test_a_plan_of_another_abi_or_workspace_is_refused(
+    copied: tuple[Bundle, Path], field: str, kind: str, wrong: int, says: str
+) -> None:
+    """The plan says it itself, whatever its sidecar says: fields of this layout stand before each plugin's last tag."""
+    copy, path = copied
+    size = 4 if kind == "INT32" else 8
+    pattern = rb"(%s[^\xff]{0,40}?%s.{6}%s)" % (field.encode(), kind.encode(), bytes([size, 0, 0, 0, 0, 0, 0, 0]))
+    plan, count = re.subn(
+        pattern + b".{%d}" % size,
+        lambda match: match[1] + wrong.to_bytes(size, "little"),
+        path.read_bytes(),
+        flags=re.S,
+    )
+    assert count == 2 * (7 if field == "abi" else 2), "both profiles"
+    path.write_bytes(plan)
+    edit_sidecar(path, engine_sha256=hashlib.sha256(plan).hexdigest())
+    with pytest.raises(ArtifactMismatchError) as caught:
+        check_engine(copy, path)
+    assert says in str(caught.value)
+    assert "build again" in str(caught.value.hint)
 
 
 def test_inspect_shows_the_plugin_layers(built: Path) -> None:

@@ -3,6 +3,7 @@ and what it asks of the CUDA driver, when, and what it says when the driver refu
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -361,6 +362,29 @@ except PluginError as err:
     assert "enqueue without loaded kernels" in enqueue
     expected = "it lacks `cuCtxGetCurrent`; hint: " if libcuda == "libc.so.6" else "no CUDA driver: got `"
     assert expected in shape_change
+
+
+def test_a_driver_that_cannot_tell_contexts_apart_is_refused(tmp_path: Path) -> None:
+    """cuCtxGetId, of CUDA 12: without it a context at the address of a destroyed one would get that one's kernels."""
+    names = (
+        "cuCtxGetCurrent cuCtxGetDevice cuDeviceGetAttribute cuModuleLoadData cuModuleGetFunction cuFuncSetAttribute "
+        "cuLaunchKernel cuMemcpyDtoDAsync_v2 cuMemsetD8Async cuGetErrorName"
+    ).split()
+    source = "\n".join(f'extern "C" int {name}() {{ return 999; }}' for name in names)
+    library = tmp_path / "libcuda-of-cuda-11.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", library], input=source, text=True, check=True)
+    code = """
+import torch
+from llama_export_plugins.harness import Field, PluginError, PluginLibrary
+library = PluginLibrary(compute_capability=None)
+plugin = library.create("LlamaRMSNorm", [Field.from_attribute("epsilon", 1e-5)])
+try:
+    plugin.shape_change([((2, 8), torch.float32), ((8,), torch.float32), ((2, 8), torch.float32)], 2)
+except PluginError as err:
+    print(err)
+"""
+    said = run_python(code, LLAMA_EXPORT_LIBCUDA=str(library))
+    assert "it lacks `cuCtxGetId`; hint: install a driver for CUDA 12 or later" in said
 
 
 # ---- which kernel on which chip -----------------------------------------------------------------------------------

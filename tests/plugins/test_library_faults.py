@@ -29,6 +29,8 @@ from llama_export_plugins.harness import PluginError, PluginLibrary, run_plugin 
 PREFILL = attention_node(torch.float32, new_tokens=7, past=(3, 11), heads=(6, 2), head_dim=16)
 LONG_PREFILL = attention_node(torch.float32, new_tokens=37, past=(3, 11), heads=(6, 2), head_dim=16, capacity=64)
 SPLIT = attention_node(torch.float32, new_tokens=2, past=(3, 290), heads=(6, 2), head_dim=16, capacity=300)
+BELOW = attention_node(torch.float32, new_tokens=1, past=(1000,), heads=(6, 2), head_dim=16, capacity=1024)
+BELOW_1100 = tuple(tuple(1100 if size == 1024 else size for size in shape) for shape, _ in BELOW.shapes)
 DECODE = attention_node(torch.float32, new_tokens=1, past=(3, 11), heads=(6, 2), head_dim=16)
 MANY_TOKENS = attention_node(torch.float32, new_tokens=24, past=(0,), heads=(4, 2), head_dim=64)
 HALF = attention_node(torch.float16, new_tokens=4, past=(2, 0), head_dim=64)
@@ -55,6 +57,8 @@ class Fault:
     edit: Edit
     node: Node
     aliased: bool = True
+    max_shapes: tuple[tuple[int, ...], ...] | None = None
+    """The largest shapes of the inputs that the plugin is configured for; None: those of the node."""
 
 
 ATTENTION, RMS_NORM, MASKED_ATTENTION = "attention_plugin.cpp", "rms_norm_plugin.cpp", "masked_attention_plugin.cpp"
@@ -81,6 +85,9 @@ FAULTS = (
     Fault("partial results over the query", Edit(ATTENTION, "partialOutput = padded(sizes.batch * sizes.newTokens * queryWidth * elementBytes);", "partialOutput = 0;"), SPLIT),
     Fault("merged for one head", Edit(ATTENTION, "Grid{sizes.batch * sizes.newTokens * mParameters.num_heads, 1, 1}, combine", "Grid{sizes.batch * sizes.newTokens, 1, 1}, combine"), SPLIT),
     Fault("workspace without the pieces", Edit(ATTENTION, "std::min(largest.newTokens, std::max<int64_t>(1, kernels::kSPLIT_ROWS / group));", "group - group;"), SPLIT),
+    Fault("workspace of the largest cache alone", Edit(ATTENTION, "splits = mostSplits(largest.capacity);", "splits = numSplits(largest.capacity);"), BELOW, max_shapes=BELOW_1100),
+    Fault("fewer pieces in the workspace than are run", Edit(ATTENTION, "return {mParameters, sizes, splitTokens, numSplits(sizes.capacity), elementSize(type)};", "return {mParameters, sizes, splitTokens, 1, elementSize(type)};"), BELOW, max_shapes=BELOW_1100),
+    Fault("bytes of the workspace not noted", Edit("attention_parameters.h", "this->mParameters.workspace_bytes = std::max(this->mParameters.workspace_bytes, bytes);", "static_cast<void>(bytes);"), SPLIT),
     Fault("copy forgotten", Edit(ATTENTION, "if (past == present || bytes == 0)", "if (past == present || bytes != 0)"), PREFILL, aliased=False),
     Fault("value cache not copied", Edit(ATTENTION, "|| !copyCache(cacheBytes, inputs[kPAST_VALUE], outputs[kPRESENT_VALUE], stream))", ")"), PREFILL, aliased=False),
     Fault("half the cache copied", Edit(ATTENTION, "static_cast<size_t>(bytes), stream)", "static_cast<size_t>(bytes / 2), stream)"), PREFILL, aliased=False),
@@ -115,7 +122,7 @@ FAULTS = (
     Fault("outputs swapped", Edit(RMS_NORM, "arguments.new_residual = deviceAddress(outputs[kNEW_RESIDUAL]);", "arguments.new_residual = deviceAddress(outputs[kNORMED]);"), ADD_NORM),
     Fault("residual is the hidden state", Edit(RMS_NORM, "arguments.residual = deviceAddress(inputs[kRESIDUAL]);", "arguments.residual = deviceAddress(inputs[kHIDDEN_STATES]);"), ADD_NORM),
 )  # fmt: skip
-NODES = {"prefill": PREFILL, "long prefill": LONG_PREFILL, "split": SPLIT, "decode": DECODE, "many tokens": MANY_TOKENS, "half": HALF, "large head": LARGE_HEAD,
+NODES = {"prefill": PREFILL, "long prefill": LONG_PREFILL, "split": SPLIT, "below": BELOW, "decode": DECODE, "many tokens": MANY_TOKENS, "half": HALF, "large head": LARGE_HEAD,
          "masked": MASKED, "masked tiles": MASKED_TILES, "norm": NORM, "add norm": ADD_NORM}  # fmt: skip
 
 
@@ -171,7 +178,14 @@ def test_fault_is_caught(build: Build, fault: Fault, tmp_path: Path) -> None:
     with pytest.raises((AssertionError, PluginError)) as caught:
         check_outputs(
             fault.node,
-            run_plugin(library, fault.node.op, fault.node.inputs, fault.node.attributes, aliased=fault.aliased),
+            run_plugin(
+                library,
+                fault.node.op,
+                fault.node.inputs,
+                fault.node.attributes,
+                aliased=fault.aliased,
+                max_shapes=fault.max_shapes,
+            ),
         )
     print(f"{fault.name}: {caught.value}")  # pytest -rA shows what caught each
 

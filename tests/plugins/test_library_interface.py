@@ -21,6 +21,7 @@ from library_support import (
     norm_node,
     require_plugins,
     run_python,
+    source_abi,
     spec_fields,
 )
 
@@ -131,14 +132,23 @@ def test_creators_are_those_of_the_op_table(library: PluginLibrary) -> None:
 def test_fields_survive_an_engine(library: PluginLibrary, op: str) -> None:
     node = NODES[op]
     built = library.create(op, fields_of(node))
-    found = [("dtype", 1)] if "Attention" in op else [("dtype", 1), ("hidden_size", node.shapes[-1][0][0])]
-    unknown = [(item.name, item.data) for item in built.serialize()[-len(found) :]]
-    assert unknown == [(name, struct.pack("<i", -1)) for name, _ in found]  # not configured: none is known yet
+    last = "workspace_bytes" if "Attention" in op else "hidden_size"
+    wide = INT64 if "Attention" in op else INT32
+    abi = integer("abi", library.abi)
+    # Not configured: nothing but the ABI is known yet.
+    unknown = Field(last, wide, struct.pack("<q" if wide == INT64 else "<i", -1))
+    assert built.serialize() == [*fields_of(node), abi, integer("dtype", -1), unknown]
     tensors = [*node.shapes, *zip(built.output_shapes(node.shapes), [torch.float16] * 3, strict=False)]
     half = [(shape, torch.float16 if dtype == torch.float32 else dtype) for shape, dtype in tensors]
-    built.configure(half, len(node.inputs))
+    workspace = built.configure(half, len(node.inputs))
     stored = built.serialize()
-    assert stored == [*fields_of(node), *(Field(name, INT32, struct.pack("<i", value)) for name, value in found)]
+    known = integer(last, node.shapes[-1][0][0]) if wide == INT32 else Field(last, wide, struct.pack("<q", workspace))
+    assert stored == [*fields_of(node), abi, integer("dtype", 1), known]
+    # One object may be configured for several profiles, the largest of which counts.
+    built.configure(
+        [((0, *shape[1:]), dtype) if len(shape) > 1 else (shape, dtype) for shape, dtype in half], len(node.inputs)
+    )
+    assert built.serialize() == stored
     copy = built.clone()
     built.destroy()
     assert copy.serialize() == stored
@@ -204,8 +214,46 @@ def test_bad_fields_are_refused(
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("op", NODES)
+def test_an_engine_of_another_abi_is_refused(library: PluginLibrary, op: str) -> None:
+    """Whatever else it stores. Engines of ABI 1 to 3 store no number."""
+    plugin = library.create(op, fields_of(NODES[op]))
+    stored = plugin.serialize()
+    plugin.destroy()
+    for others, got in (
+        ((), "got no ABI number, expected"),
+        ((integer("abi", 3),), "got ABI 3, expected"),
+        ((integer("abi", library.abi + 1), integer("new field", 1)), f"got ABI {library.abi + 1}, expected"),
+        ((number("abi", 4.0),), "field `abi` is of the wrong type"),
+    ):
+        with pytest.raises(PluginError) as caught:
+            library.create(op, replaced(stored, "abi", *others), "runtime")
+        assert f"{op}: " in str(caught.value)
+        assert got in str(caught.value)
+        assert "wrong type" in got or "hint: build the engine again with this library" in str(caught.value)
+
+
+def test_the_abi_is_the_same_in_both_distributions(library: PluginLibrary) -> None:
+    from llama_export import plugins
+
+    assert plugins.ABI == library.abi == source_abi()
+
+
+def test_a_workspace_that_no_device_has_is_refused(library: PluginLibrary) -> None:
+    """By configurePlugin, so that the sentence is about the node."""
+    for node in (NODES["LlamaAttention"], NODES["LlamaMaskedAttention"]):
+        plugin = library.create(node.op, fields_of(node))
+        huge = [((1 << 20, *shape[1:]), dtype) for shape, dtype in node.shapes]
+        with pytest.raises(
+            PluginError, match=r"configurePlugin returned -1; \w+: the batch is too large for the kernels"
+        ):
+            plugin.configure([*huge, *[huge[0]] * plugin.num_outputs()], len(huge))
+        assert plugin.serialize()[-1].data == struct.pack("<q", -1)
+        plugin.destroy()
+
+
 def test_an_engine_without_its_dtype_is_refused(library: PluginLibrary) -> None:
-    fields = fields_of(NODES["LlamaRMSNorm"])
+    fields = [*fields_of(NODES["LlamaRMSNorm"]), integer("abi", library.abi)]
     with pytest.raises(PluginError, match="field `dtype` is missing"):
         library.create("LlamaRMSNorm", fields, "runtime")
     with pytest.raises(PluginError, match="`dtype` is out of range: got 2"):

@@ -5,6 +5,7 @@ or the installed library. Faults put into copies of the sources show that it can
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,11 @@ from library_support import PLUGINS, compile_objects
 ADDRESS, THREAD = "address,undefined", "thread"
 FUZZ = ("--seed", "1", "--count", "20000")
 THREADS = ("--threads", "4", "--count", "200")
-RUNS = {"fuzz": (ADDRESS, FUZZ), "threads": (THREAD, THREADS), "threads without races": (ADDRESS, THREADS)}
+PROFILES = ("--seed", "1", "--profiles", "5000")
+RUNS = {
+    "fuzz": (ADDRESS, FUZZ), "profiles": (ADDRESS, PROFILES), "threads": (THREAD, THREADS),
+    "threads without races": (ADDRESS, THREADS),
+}  # fmt: skip
 MINIMUM = {"plugins": 10000, "refusals": 20000, "runs": 4000, "launches": 4000}
 """Of the fuzz run: a generator whose inputs are all refused at once finds nothing."""
 
@@ -43,12 +48,14 @@ for chip, ptx in ((80, False), (80, True), (89, False)):
         )
 kinds = {"int32": "i", "float32": "f"}
 rows = [
-    f'    {{"{kernel.name}", "{"".join(kinds.get(kind, "p") for _, kind in kernel.arguments)}"}},'
+    f'    {{"{kernel.name}", "{"".join(kinds.get(kind, "p") for _, kind in kernel.arguments)}", '
+    f'{{{", ".join(chr(34) + name + chr(34) for name, _ in kernel.arguments)}}}}},'
     for kernel in KERNELS.values()
 ]
 signatures = [
     "#pragma once", "namespace llama_export::kernels", "{",
-    "struct KernelSignature", "{", "    char const* kernel;", "    char const* kinds; //!< p pointer, i int32, f float32", "};",
+    "struct KernelSignature", "{", "    char const* kernel;", "    char const* kinds; //!< p pointer, i int32, f float32",
+    "    char const* names[32];", "};",
     "inline constexpr KernelSignature kSignatures[] = {", *rows, "};", "} // namespace llama_export::kernels", "",
 ]
 (folder / "kernel_arguments.h").write_text(compiler.arguments_header())
@@ -83,6 +90,7 @@ class Fault:
     fault: str
     says: str
     run: str = "fuzz"
+    is_slow: bool = False
 
 
 FAULTS = (
@@ -95,6 +103,14 @@ FAULTS = (
     Fault("unknown sizes run", "shapes.cpp", "if (dims.d[axis] < 0)", "if (dims.d[axis] < -1)", "accepted, expected a refusal"),
     Fault("refusal without a sentence", "attention_parameters.cpp", "    reportError(plugin, \"no kernel serves this head_dim", "    if (parameters.head_dim > 0) return false;\n    reportError(plugin, \"no kernel serves this head_dim", "left no sentence"),
     Fault("kernels of a destroyed context", "kernel_cache.cpp", " && entry->key.id == key.id", "", "not loaded in"),
+    Fault("engine of another ABI accepted", "fields.cpp", "if (mIsGood && abi != kABI)", "if (mIsGood && abi < 0)", "accepted, expected a refusal"),
+    Fault("workspace of the largest cache alone", "attention_plugin.cpp", "splits = mostSplits(largest.capacity);", "splits = numSplits(largest.capacity);", "the workspace is too small", "profiles"),
+    Fault("workspace of fewer pieces than are run", "attention_plugin.cpp", "return {mParameters, sizes, splitTokens, numSplits(sizes.capacity), elementSize(type)};", "return {mParameters, sizes, splitTokens, numSplits(sizes.capacity) - 1, elementSize(type)};", "lie in no tensor|overlaps another", "profiles"),
+    Fault("workspace not compared", "attention_parameters.cpp", "if (needed <= std::max<int64_t>(0, granted))", "if (needed >= 0)", "lie in no tensor|accepted, expected a refusal", "profiles"),
+    Fault("workspace not compared when shapes change", "attention_plugin.cpp", "\n        && checkWorkspace(workspaceOf(sizesOf(dims[kQUERY], dims[kPAST_KEY]), in[kQUERY].type).bytes);", ";", "refused, expected to be accepted|accepted, expected a refusal", "fuzz", is_slow=True),
+    Fault("workspace not compared before a launch", "attention_plugin.cpp", " || !checkWorkspace(parts.bytes)\n", "\n", "lie in no tensor|accepted, expected a refusal", "profiles"),
+    Fault("masked: workspace not compared before a launch", "masked_attention_plugin.cpp", "    if (!checkWorkspace(parts.bytes))\n    {\n        return kFAILURE;\n    }\n", "", "lie in no tensor|accepted, expected a refusal", "profiles", is_slow=True),
+    Fault("clone keeps its origin's kernels", "plugin_base.h", "        made->mIsReady = false; // the kernels are those of the context that the origin was attached to\n", "", "none of the current context", "profiles", is_slow=True),
     Fault("sentence taken without its mutex", "log.cpp", "    std::lock_guard<std::mutex> const lock(gLatestMutex);\n    int32_t", "    int32_t", "data race", "threads"),
     Fault("kernels cached without their mutex", "kernel_cache.cpp", "    std::lock_guard<std::mutex> const lock(gLoadedMutex);\n", "", "data race|is loaded twice", "threads"),
     Fault("driver opened without its mutex", "cuda_driver.cpp", "    std::lock_guard<std::mutex> const lock(mutex);\n", "", "data race", "threads"),
@@ -221,13 +237,32 @@ def test_nothing_is_found(builds: Builds, run: str) -> None:
         assert all(counts[name] >= least for name, least in MINIMUM.items()), result.stdout
 
 
+@pytest.mark.slow
+def test_a_hundred_thousand_sequences_of_shapes_stay_in_their_memory(builds: Builds) -> None:
+    """Random shapes within and beyond the profile of one plugin, for all four: no byte outside its workspace and tensors."""
+    result = run_program(builds.of(ADDRESS).program, "--seed", "2", "--profiles", "100000")
+    assert result.returncode == 0, result.stderr[-4000:]
+    print(result.stdout)
+    found = re.match(
+        r"100000 sequences of seed 2: (\d+) shapes, (\d+) beyond, (\d+) refused, (\d+) clones", result.stdout
+    )
+    assert found is not None, result.stdout
+    shapes, beyond, refused, clones = map(int, found.groups())
+    assert shapes > 300_000
+    assert clones > 50_000
+    assert 0 < refused < beyond
+
+
 def test_an_input_is_the_same_alone(builds: Builds) -> None:
     program = builds.of(ADDRESS).program
     first, again = (run_program(program, "--seed", "3", "--first", "1000", "--count", "50") for _ in range(2))
     assert (first.returncode, first.stdout) == (0, again.stdout)
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, id=fault.name, marks=[pytest.mark.slow] * fault.is_slow) for fault in FAULTS],
+)
 def test_fault_is_found(builds: Builds, fault: Fault, tmp_path: Path) -> None:
     sanitizers, arguments = RUNS[fault.run]
     result = run_program(faulty_program(builds.of(sanitizers), fault, tmp_path), *arguments)

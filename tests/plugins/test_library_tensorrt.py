@@ -56,6 +56,15 @@ for op, fields in {
     assert plugin is not None, op
     refused = creator.create_plugin("node", trt.PluginFieldCollection([]), trt.TensorRTPhase.BUILD)
     assert refused is None, op
+    # What an engine stores: the ABI number decides before everything else.
+    last = integer("hidden_size", 8)
+    if op.endswith("Attention"):
+        last = trt.PluginField("workspace_bytes", np.array([1 << 40], np.int64), trt.PluginFieldType.INT64)
+    stored = [*fields, integer("dtype", 0), last]
+    for abi, is_right in ((int(sys.argv[3]), True), (3, False), (None, False)):
+        given = stored if abi is None else [*stored, integer("abi", abi)]
+        made = creator.create_plugin("node", trt.PluginFieldCollection(given), trt.TensorRTPhase.RUNTIME)
+        assert (made is not None) == is_right, (op, abi)
     found[op] = [creator.plugin_version, creator.plugin_namespace, [field.name for field in creator.field_names]]
 print(json.dumps({"version": trt.__version__, "creators": found}))
 """
@@ -69,7 +78,9 @@ EXPECTED = {
 
 def create_all(module: str, python: str) -> str:
     """Creates every plugin in a process of its own; the version of TensorRT that did."""
-    printed = run_python(CREATE_ALL, module, llama_export_plugins.library_path(), python=python)
+    printed = run_python(
+        CREATE_ALL, module, llama_export_plugins.library_path(), llama_export_plugins.ABI, python=python
+    )
     answer = json.loads(printed.splitlines()[-1])
     assert answer["creators"] == EXPECTED
     return str(answer["version"])

@@ -16,6 +16,7 @@ import pytest
 from library_support import PLUGINS, require_plugins, run_python
 from test_library_tensorrt import LEAN_PYTHONS
 
+from llama_export import _plan
 from llama_export.bundle import Bundle
 from llama_export.ops import OP_SPECS
 
@@ -117,18 +118,25 @@ def tensors_of(bundle: Bundle, kind: str) -> list[dict[str, Any]]:
 
 
 def convert(
-    environment: dict[str, str], model: Path, engine: Path, library: Path, inputs: list[dict[str, Any]], *more: str
+    environment: dict[str, str],
+    model: Path,
+    engine: Path,
+    library: Path,
+    inputs: list[dict[str, Any]],
+    *more: str,
+    capacities: tuple[int, int] = (32, 32),
 ) -> Any:
-    """`polygraphy convert` with one profile: batch 1 to 2, 1 to 32 new tokens, a cache of 32."""
+    """`polygraphy convert` with one profile: batch 1 to 2, 1 to 32 new tokens, caches from one capacity to another."""
 
-    def shapes(batch: int, tokens: int) -> list[str]:
-        sizes = {"batch_size": batch, "num_new_tokens": tokens, "num_logits": 1, "kv_cache_capacity": 32}
+    def shapes(batch: int, tokens: int, capacity: int) -> list[str]:
+        sizes = {"batch_size": batch, "num_new_tokens": tokens, "num_logits": 1, "kv_cache_capacity": capacity}
         return [f"{item['name']}:[{','.join(str(sizes.get(size, size)) for size in item['shape'])}]" for item in inputs]
 
     return polygraphy(
         environment, "convert", model, "--convert-to", "trt", "-o", engine, "--plugins", library,
         "--preview-features", "aliased_plugin_io_10_03", *more,
-        "--trt-min-shapes", *shapes(1, 1), "--trt-opt-shapes", *shapes(1, 16), "--trt-max-shapes", *shapes(2, 32),
+        "--trt-min-shapes", *shapes(1, 1, capacities[0]), "--trt-opt-shapes", *shapes(1, 16, capacities[1]),
+        "--trt-max-shapes", *shapes(2, 32, capacities[1]),
     )  # fmt: skip
 
 
@@ -150,6 +158,26 @@ def test_polygraphy_builds_an_engine_of_plugin_layers(
     )
     assert refused.returncode != 0
     assert "KV cache tensor must have a static" in refused.stdout + refused.stderr
+
+
+def test_polygraphy_builds_an_engine_of_many_capacities(
+    polygraphy_environment: dict[str, str], tiny_bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    """A cache of 1024 keys has more pieces (8) than one of 1100 (5): the engine reserves room for 8."""
+    bundle, engine = tiny_bundles["float32"], tmp_path / "plugins.engine"
+    made = convert(
+        polygraphy_environment, bundle.folder / "model.onnx", engine, llama_export_plugins.preload_path(),
+        tensors_of(bundle, "input"), "--onnx-flags", "enable_plugin_override", capacities=(8, 1100),
+    )  # fmt: skip
+    assert made.returncode == 0, made.stdout + made.stderr
+    records, _ = _plan._plugin_records(engine.read_bytes())
+    stored = [record.fields["workspace_bytes"] for record in records if record.op == "LlamaAttention"]
+    config = bundle.config
+    heads, group = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+    pieces = 2 * (16 // group) * heads * 8
+    needed = 2 * 32 * heads * config.head_dim * 4 + pieces * (config.head_dim + 2) * 4
+    assert len(stored) == config.num_hidden_layers
+    assert set(stored) == {-(-needed // 256) * 256}
 
 
 def test_without_functions_no_parser_flag_is_needed(
