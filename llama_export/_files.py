@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from io import BufferedReader
 from pathlib import Path
@@ -66,9 +67,18 @@ def json_from_bytes(raw: bytes) -> Any:
     """Parses JSON that says everything once.
 
     Raises:
-        ValueError: not UTF-8, not JSON, or a key that stands twice in one object. RecursionError: nested too deep.
+        ValueError: not UTF-8, not JSON, a key that stands twice in one object, or a string with a lone surrogate
+            (``"\\ud800"``), which no file and no terminal can hold. RecursionError: nested too deep.
     """
-    return json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
+    text = raw.decode("utf-8")
+    data = json.loads(text, object_pairs_hook=_object)
+    if _SURROGATE.search(text) and not is_unicode(json.dumps(data, ensure_ascii=False)):
+        raise ValueError("a string holds half of a surrogate pair, which is no character")
+    return data
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""An escape that is half of a character; most stand in pairs."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
