@@ -12,6 +12,7 @@ A case is a seed and a number. It copies a tiny bundle, checkpoint, report or sa
 
 Graphs are damaged with their hashes in the manifest made right, so that the damage gets past the hash check. Most
 damaged configs do not change what is exported, so exports share one trace. --write puts the table into docs/security.md.
+--escapes N also puts an escape sequence into each N-th string of the JSON files and runs the commands on a terminal.
 
 Exit code: 0 all cases handled, else 1.
 """
@@ -40,6 +41,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
+import escape_fields  # noqa: E402
 import mutations  # noqa: E402
 from random_llama import write_random_checkpoint  # noqa: E402
 
@@ -517,6 +519,7 @@ def main() -> int:
     parser.add_argument("--kinds", default=",".join(KINDS), help="run these kinds alone; numbers then mean other cases")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--show", action="store_true", help="with --case: print the output and wait before files go")
+    parser.add_argument("--escapes", type=int, metavar="N", help="also check each N-th string on a terminal")
     parser.add_argument("--write", action="store_true", help="put the table into docs/security.md")
     args = parser.parse_args()
     kinds = args.kinds.split(",")
@@ -530,6 +533,15 @@ def main() -> int:
                 input("Enter removes the files ")
             return int(outcome.fault is not None)
         outcomes = run_all(root, args.seed, list(range(args.cases)), able, args.workers)
+        raw: list[str] = []
+        if args.escapes:
+            runs, shown, raw = escape_fields.check(
+                root, {name: KINDS[name] for name in able}, command_line, args.escapes
+            )
+            print(
+                f"escape sequence in one string: {runs} runs on a terminal, {shown} showed it escaped, {len(raw)} raw"
+            )
+            print("\n".join(raw))
     text = table(outcomes, args.seed)
     print(text)
     for line in missing:
@@ -546,7 +558,7 @@ def main() -> int:
     if args.write:
         head, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
         DOCUMENT.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    return int(bool(bad))
+    return int(bool(bad or raw))
 
 
 if __name__ == "__main__":
