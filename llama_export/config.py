@@ -409,6 +409,8 @@ class LlamaConfig:
         for name in ("attention_dropout", "classifier_dropout"):
             value = getattr(self, name)
             _check(_is_number(value) and 0 <= value <= 1, name, value, "a probability, 0..1")
+        eos_count = len(self.eos_token_ids)
+        _check(eos_count <= MAX_NAMES, "eos_token_id", f"{eos_count} tokens", f"at most {MAX_NAMES} tokens")
         for token in (*self.eos_token_ids, self.bos_token_id):
             # -1 is an old spelling of "no such token".
             valid = token is None or (_is_int(token) and -1 <= token < 2**63)
@@ -421,6 +423,8 @@ class LlamaConfig:
             f"null, -1 or a row of the embedding, 0..{self.vocab_size - 1}",
         )
         _check_names(self.architectures, "architectures")
+        count = len(self.architectures)
+        _check(count <= MAX_NAMES, "architectures", f"{count} names", f"at most {MAX_NAMES} names")
         _check_names(self.labels, "id2label")
         _check(
             len(self.labels) in (0, self.num_labels), "id2label", self.labels, f"num_labels = {self.num_labels} names"
@@ -586,6 +590,8 @@ MAX_WEIGHT_FILES = 10_000
 """Most files in an index. The Llama of 405B parameters has 191."""
 MAX_TENSORS = 100_000
 """Most tensors in one checkpoint: 4,096 layers of 12 are 49,152."""
+MAX_NAMES = 1_000
+"""Most end-of-sequence tokens, and most architectures. Published Llamas have three, and one."""
 MAX_ROPE = 1e15
 """Largest number in the RoPE settings. The largest published ``rope_theta`` is 4.6e10 (Llama 3 with 4M tokens of context)."""
 

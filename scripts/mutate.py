@@ -94,12 +94,12 @@ KINDS: dict[str, Kind] = {
         "bundle", ("engines/tiny.json",), _JSON,
         (("inspect", _ENGINE), ("refit", _ENGINE, "{}", "--force"), (*_RUN, "--engine", _ENGINE), ("inspect", "{}")), 14,
     ),
-    "config": Kind("checkpoint", ("config.json",), _JSON, (("export", "{}", "-o", "{}/out"), ("export", "{}")), 12),
+    "config": Kind("checkpoint", ("config.json", "config.json", "config.json", "generation_config.json", "tokenizer_config.json"), _JSON, (("export", "{}", "-o", "{}/out"), ("export", "{}")), 12),
     "index": Kind("sharded", ("model.safetensors.index.json",), _JSON, (("export", "{}", "-o", "{}/out"),), 7),
     "header": Kind(
         "checkpoint", ("model.safetensors",), (mutations.mutate_header,), (("export", "{}", "-o", "{}/out"),), 10
     ),
-    "tokenizer": Kind("bundle", ("tokenizer.json",), _JSON, (("run", "{}", "--prompt", "def f(x):", "--json", *FEW),), 12),
+    "tokenizer": Kind("bundle", ("tokenizer.json",), (*_JSON, mutations.mutate_tokenizer, mutations.mutate_tokenizer), (("run", "{}", "--prompt", "def f(x):", "--json", *FEW),), 12),
     "chat settings": Kind(
         "bundle", ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json"), _JSON,
         (("chat", "{}", "--json", *FEW),), 6, stdin=b"hello\n",

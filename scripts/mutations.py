@@ -149,6 +149,34 @@ def mutate_header(rng: random.Random, path: Path) -> None:
     path.write_bytes(field.to_bytes(8, "little") + new + raw[8 + length :])
 
 
+_PADDING = {"direction": "Right", "pad_id": 3, "pad_type_id": 0, "pad_token": "x"}
+_CUT = {"direction": "Left", "max_length": 1}
+_TEMPLATE = {"type": "TemplateProcessing", "pair": [{"Sequence": {"id": "B", "type_id": 0}}], "special_tokens": {}}
+TOKENIZER_SETTINGS: tuple[tuple[str, Any], ...] = (
+    ("padding", {**_PADDING, "strategy": {"Fixed": 10**9}, "pad_to_multiple_of": None}),
+    ("padding", {**_PADDING, "strategy": "BatchLongest", "pad_to_multiple_of": 10**9}),
+    ("truncation", {**_CUT, "strategy": "OnlySecond", "stride": 0}),
+    ("truncation", {**_CUT, "strategy": "OnlyFirst", "stride": 5}),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAAAAA="}),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+    ("normalizer", {"type": "Replace", "pattern": {"Regex": "(.*)*x"}, "content": "a" * 100_000}),
+    ("normalizer", {"type": "Prepend", "prepend": "a" * 10_000}),
+    ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+    ("post_processor", {**_TEMPLATE, "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}]}),
+    ("post_processor", {**_TEMPLATE, "single": [{"Sequence": {"id": "B", "type_id": 0}}]}),
+    ("model", {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]], "byte_fallback": False}),
+    ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "missing"}),
+    ("decoder", {"type": "Strip", "content": "x", "start": 10**9, "stop": 10**9}),
+)
+"""Settings that pad a prompt a billion times, or make the Rust code of the tokenizer library panic."""
+
+
+def mutate_tokenizer(rng: random.Random, path: Path) -> None:
+    """One of :data:`TOKENIZER_SETTINGS`."""
+    key, value = rng.choice(TOKENIZER_SETTINGS)
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
+
+
 SNIPPETS = (
     "{{ 'a' * 10**9 }}",
     "{% for i in range(10**9) %}{{ i }}{% endfor %}",

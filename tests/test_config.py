@@ -223,6 +223,13 @@ def test_sizes_default_as_in_hugging_face() -> None:
     assert config.eos_token_ids == (2,)
 
 
+def test_lists_in_a_config_have_a_sane_length() -> None:
+    for key, value in (("eos_token_id", [1] * 10_000), ("architectures", ["LlamaForCausalLM"] * 10_000)):
+        with pytest.raises(ConfigError, match="10000 ") as caught:
+            config_from_dict({**BASE, key: value})
+        assert "at most 1000 " in caught.value.details["expected"]
+
+
 @pytest.mark.parametrize(("value", "ids"), [(2, (2,)), ([2, 5], (2, 5)), (None, ()), (-1, (-1,))])
 def test_eos_token_may_be_one_id_a_list_or_absent(value: Any, ids: tuple[int, ...]) -> None:
     assert config_from_dict({**BASE, "eos_token_id": value}).eos_token_ids == ids
