@@ -28,7 +28,7 @@ from llama_export.errors import ConfigError, ToolchainError
 
 MAX_CHARACTERS = 2**23
 """Longest text a template may make: a conversation of 128k tokens is a tenth of it."""
-MAX_SECONDS = 10.0
+MAX_SECONDS = 5.0
 """Longest rendering; an ordinary one takes a millisecond."""
 MAX_TEMPLATE_BYTES = 2**20
 """Largest ``chat_template.jinja``; the longest published ones have some 30 kB."""
