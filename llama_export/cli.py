@@ -883,7 +883,7 @@ def _report_error(err: LlamaExportError, arguments: Sequence[str]) -> int:
 
 
 def _report_bug(err: Exception, arguments: Sequence[str]) -> int:
-    traceback.print_exception(err)
+    click.echo(printable("".join(traceback.format_exception(err))), err=True)
     hint = "this is a bug in llama-export: please report it with the output of `llama-export env`"
     click.echo(f"\n{hint}", err=True)
     _print_error(arguments, f"{type(err).__name__}: {err}", hint=hint, exit_code=4)
