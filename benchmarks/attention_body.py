@@ -15,6 +15,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import llama_export  # noqa: F401 - first of all: it switches onnxruntime's telemetry off
+
+# isort: split
 import numpy as np
 import onnx
 import onnxruntime

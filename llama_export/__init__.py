@@ -7,7 +7,13 @@
 More in :mod:`llama_export.llm`.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# onnxruntime reads this when it is imported, and every import of it in this package comes after this line. Without it,
+# onnxruntime writes a device id and an event database below the user's cache folder and reports to a server. See
+# docs/security.md.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from llama_export.llm import LLM, Completion, SamplingParams, load

@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
+from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -62,13 +64,42 @@ def read_small(path: Path, limit: int) -> bytes:
         return stream.read(size)
 
 
-def json_from_bytes(raw: bytes) -> Any:
+MAX_DEPTH = 64
+"""Deepest nesting of JSON; the documents that are read here have 10 levels at most."""
+
+
+def json_from_bytes(raw: bytes, *, strict: bool = False) -> Any:
     """Parses JSON that says everything once.
 
+    Args:
+        strict: refuse ``NaN`` and ``Infinity``, which Python reads and JSON does not have.
+
     Raises:
-        ValueError: not UTF-8, not JSON, or a key that stands twice in one object. RecursionError: nested too deep.
+        ValueError: not UTF-8, not JSON, a key that stands twice in one object, or a string with a lone surrogate
+            (``"\\ud800"``), which no file and no terminal can hold. RecursionError: nested too deep.
     """
-    return json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
+    text = raw.decode("utf-8")
+    data = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant if strict else None)
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        level = [part for item in level if isinstance(item, dict | list) for part in _parts(item)]
+    if level:
+        raise RecursionError(f"nested deeper than {MAX_DEPTH} levels")
+    if _SURROGATE.search(text) and not is_unicode(json.dumps(data, ensure_ascii=False)):
+        raise ValueError("a string holds half of a surrogate pair, which is no character")
+    return data
+
+
+def _parts(item: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return item.values() if isinstance(item, dict) else item
+
+
+def _refuse_constant(literal: str) -> float:
+    raise ValueError(f"{literal} is not JSON")
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""An escape that is half of a character; most stand in pairs."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,10 @@ from typing import Any
 from llama_export._files import is_plain_name, json_from_bytes, leads_out, open_regular
 from llama_export.config import (
     DTYPES,
+    MAX_JSON_BYTES,
+    MAX_TENSORS,
+    MAX_TOKENIZER_BYTES,
+    MAX_WEIGHT_FILES,
     LlamaConfig,
     Task,
     expected_tensors,
@@ -34,8 +38,9 @@ DTYPE_OF_SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_MAX_HEADER_BYTES = 16_000_000
-"""The safetensors library allows 100 MB, which parsed would be gigabytes; a Llama of 1000 layers needs 1 MB."""
+_MAX_HEADER_BYTES = 8_000_000
+"""The safetensors library allows 100 MB, which parsed would be gigabytes. A Llama of 4,096 layers needs 7 MB, the largest
+published one below 0.2 MB."""
 _MAX_RANK, _MAX_NAME = 8, 1000
 """Of a tensor, and of its name; a Llama has 2 at most, and names of 50 characters."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -133,6 +138,7 @@ def load_checkpoint(folder: Path, allow_config_keys: Collection[str] = (), *, ta
     """
     _check_folder(folder)
     check_files(folder, ("config.json", INDEX_NAME, *TOKENIZER_FILES), hub_cache=True, error=CheckpointError)
+    _check_sizes(folder)
     config = load_config(folder, allow_config_keys)
     resolved = resolve_task(task, config)
     names = _weight_file_names(folder)
@@ -142,6 +148,7 @@ def load_checkpoint(folder: Path, allow_config_keys: Collection[str] = (), *, ta
     for name in names:
         file, found = read_safetensors_header(folder / name)
         files.append(file)
+        _check_count(len(entries) + len(found), MAX_TENSORS, "tensors", folder)
         for entry in found:
             if entry.name in entries:
                 raise CheckpointError(
@@ -196,6 +203,8 @@ def read_safetensors_header(path: Path) -> tuple[WeightFile, list[TensorEntry]]:
         metadata = header.pop("__metadata__", None)
         if metadata is not None and not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that is not text")
+        if len(header) > MAX_TENSORS:
+            raise ValueError(f"{len(header)} tensors, more than {MAX_TENSORS}")
         base = 8 + header_bytes
         entries = [_entry(path, name, item, base, stat.st_size, hint) for name, item in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
@@ -306,6 +315,28 @@ def check_files(folder: Path, names: Iterable[str], *, hub_cache: bool, error: t
 _OR_BLOB = ", or in the blobs of the same Hugging Face cache"
 
 
+def _check_sizes(folder: Path) -> None:
+    """The files that a bundle takes along are small enough to be read whole later."""
+    for name in TOKENIZER_FILES:
+        limit = MAX_TOKENIZER_BYTES if name == "tokenizer.json" else MAX_JSON_BYTES
+        size = os.stat(folder / name).st_size if os.path.exists(folder / name) else 0
+        if size > limit:
+            raise CheckpointError(
+                f"`{name}` is too large",
+                details={"file": folder / name, "got": f"{size} bytes", "expected": f"at most {limit} bytes"},
+                hint="restore the file from its source",
+            )
+
+
+def _check_count(count: int, limit: int, what: str, where: Path) -> None:
+    if count > limit:
+        raise CheckpointError(
+            f"the checkpoint has too many {what}",
+            details={"where": where, "got": f"{count} {what}", "expected": f"at most {limit}"},
+            hint="no published Llama comes near this number: do not export a checkpoint from a source you do not trust",
+        )
+
+
 def _weight_file_names(folder: Path) -> list[str]:
     # transformers takes the single file where both exist, and so must what is to equal it.
     if os.path.lexists(folder / SINGLE_NAME):
@@ -318,7 +349,9 @@ def _weight_file_names(folder: Path) -> list[str]:
                 details={"file": folder / INDEX_NAME, "expected": '{"weight_map": {tensor: file}}'},
                 hint="restore the index from its source",
             )
+        _check_count(len(weight_map), MAX_TENSORS, "tensors", folder / INDEX_NAME)
         names = sorted({str(name) for name in weight_map.values()})
+        _check_count(len(names), MAX_WEIGHT_FILES, "files", folder / INDEX_NAME)
         unsafe = [name for name in names if not is_plain_name(name)]
         if unsafe:
             raise CheckpointError(

@@ -27,6 +27,7 @@ from click.core import ParameterSource
 
 from llama_export import __version__
 from llama_export._process import collector_paused
+from llama_export._text import printable, printable_json, terminal_text
 from llama_export.config import (
     BACKENDS,
     DTYPES,
@@ -412,8 +413,9 @@ def _generate(
         }  # fmt: skip
         _print(data, True, "")
     elif len(made) > 1:
+        shown = terminal_text if sys.stdout.isatty() else str
         for prompt, one in zip(prompts, made, strict=True):
-            click.echo(f"prompt: {json.dumps(prompt, ensure_ascii=False)}\n{one.text}")
+            click.echo(shown(f"prompt: {json.dumps(prompt, ensure_ascii=False)}\n{one.text}"))
     rate = "" if speed is None else f", decode {speed:.1f} tokens/s"
     seed = "" if params.temperature == 0 else f", seed {params.seed}"
     count = sum(len(one.tokens) for one in made)
@@ -422,10 +424,10 @@ def _generate(
 
 def _stream(generation: TextGeneration, *, as_text: bool) -> Completion:
     """Prints pieces of text, or token ids, as they come; the line is ended whatever happens."""
-    comma = ""
+    comma, shown = "", terminal_text if sys.stdout.isatty() else str
     try:
         for piece in generation:
-            _write(piece if as_text else f"{comma}{generation.events[-1].token}")
+            _write(shown(piece) if as_text else f"{comma}{generation.events[-1].token}")
             comma = ","
     finally:
         _write("\n")
@@ -526,7 +528,7 @@ def chat(
         return
     if llm.session.note:
         _log(f"chat: {llm.session.note}")
-    shown = terminal_chat.visible if sys.stdout.isatty() else str
+    shown = terminal_text if sys.stdout.isatty() else str
     replies = terminal_chat.answer_lines(
         conversation,
         iter(sys.stdin),
@@ -771,7 +773,7 @@ def env(as_json: bool) -> None:
 
 
 def _log(line: str) -> None:
-    click.echo(line, err=True)
+    click.echo(printable(line), err=True)
 
 
 def _write(text: str) -> None:
@@ -780,7 +782,7 @@ def _write(text: str) -> None:
 
 
 def _print(data: Any, as_json: bool, text: str) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False) if as_json else text)
+    click.echo(printable_json(data) if as_json else printable(text))
 
 
 @contextlib.contextmanager
@@ -793,7 +795,7 @@ def _progress(unit: str) -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
@@ -881,7 +883,7 @@ def _report_error(err: LlamaExportError, arguments: Sequence[str]) -> int:
 
 
 def _report_bug(err: Exception, arguments: Sequence[str]) -> int:
-    traceback.print_exception(err)
+    click.echo(printable("".join(traceback.format_exception(err))), err=True)
     hint = "this is a bug in llama-export: please report it with the output of `llama-export env`"
     click.echo(f"\n{hint}", err=True)
     _print_error(arguments, f"{type(err).__name__}: {err}", hint=hint, exit_code=4)
@@ -899,7 +901,7 @@ def _print_error(
     """With ``--json`` an error is a document on stdout too."""
     if "--json" in arguments and sys.stdout is not None:
         error = {"message": message, "details": details or {}, "hint": hint, "exit_code": exit_code}
-        click.echo(json.dumps({"error": error}, indent=2, ensure_ascii=False))
+        click.echo(printable_json({"error": error}))
 
 
 def _terminate(signum: int, frame: object) -> None:

@@ -283,7 +283,8 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         _check(self.rope_type in SUPPORTED_ROPE_TYPES, "rope_type", self.rope_type, " | ".join(SUPPORTED_ROPE_TYPES))
-        _check(_is_number(self.rope_theta) and self.rope_theta > 0, "rope_theta", self.rope_theta, "a number > 0")
+        theta_valid = _is_number(self.rope_theta) and 0 < self.rope_theta <= MAX_ROPE
+        _check(theta_valid, "rope_theta", self.rope_theta, f"a number > 0, at most {MAX_ROPE:g}")
         required, optional = _ROPE_KEYS[self.rope_type]
         if self.rope_type in _ROPE_TYPES_WITH_CONTEXT:
             required |= {_CONTEXT}
@@ -296,14 +297,16 @@ class RopeConfig:
                 least = 2 if self.rope_type == "longrope" else 1  # longrope divides by its logarithm
                 _check(_is_int(value) and least <= value < 2**63, f"RoPE {name}", value, f"an integer >= {least}")
             elif name in ("short_factor", "long_factor"):
-                valid = isinstance(value, tuple) and all(_is_number(item) and item > 0 for item in value)
-                _check(valid, f"RoPE {name}", value, "a list of numbers > 0")
+                valid = isinstance(value, tuple) and all(_is_number(item) and 0 < item <= MAX_ROPE for item in value)
+                _check(valid, f"RoPE {name}", value, f"a list of numbers > 0, at most {MAX_ROPE:g}")
             elif name == "truncate":
                 _check(isinstance(value, bool), f"RoPE {name}", value, "true or false")
             elif name == "factor":
-                _check(_is_number(value) and value >= 1, f"RoPE {name}", value, "a number >= 1")
+                valid = _is_number(value) and 1 <= value <= MAX_ROPE
+                _check(valid, f"RoPE {name}", value, f"a number >= 1, at most {MAX_ROPE:g}")
             else:
-                _check(_is_number(value) and value > 0, f"RoPE {name}", value, "a number > 0")
+                valid = _is_number(value) and 0 < value <= MAX_ROPE
+                _check(valid, f"RoPE {name}", value, f"a number > 0, at most {MAX_ROPE:g}")
         if self.low_freq_factor is not None and self.high_freq_factor is not None:
             _check(
                 self.high_freq_factor > self.low_freq_factor,
@@ -387,7 +390,8 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for name in (*_REQUIRED_KEYS, "num_key_value_heads", "head_dim", "max_position_embeddings", "num_labels"):
             value = getattr(self, name)
-            _check(_is_int(value) and 0 < value < 2**63, name, value, "an integer >= 1")
+            limit = {"num_hidden_layers": MAX_LAYERS, "max_position_embeddings": 2**63 - 1}.get(name, MAX_SIZE)
+            _check(_is_int(value) and 0 < value <= limit, name, value, f"an integer >= 1, at most {limit}")
         _check(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (RoPE rotates pairs)")
         _check(
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -395,9 +399,8 @@ class LlamaConfig:
             self.num_key_value_heads,
             f"a divisor of num_attention_heads = {self.num_attention_heads}",
         )
-        _check(
-            _is_number(self.rms_norm_eps) and self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "a number > 0"
-        )
+        eps_valid = _is_number(self.rms_norm_eps) and 0 < self.rms_norm_eps <= 1
+        _check(eps_valid, "rms_norm_eps", self.rms_norm_eps, "a number > 0, at most 1")
         parameters = " (prelu and xielu have parameters of their own)" if self.hidden_act in ("prelu", "xielu") else ""
         _check(self.hidden_act in ACTIVATIONS, "hidden_act", self.hidden_act, " | ".join(ACTIVATIONS) + parameters)
         _check(self.dtype is None or self.dtype in DTYPES, "dtype", self.dtype, " | ".join(DTYPES))
@@ -406,9 +409,11 @@ class LlamaConfig:
         for name in ("attention_dropout", "classifier_dropout"):
             value = getattr(self, name)
             _check(_is_number(value) and 0 <= value <= 1, name, value, "a probability, 0..1")
+        eos_count = len(self.eos_token_ids)
+        _check(eos_count <= MAX_NAMES, "eos_token_id", f"{eos_count} tokens", f"at most {MAX_NAMES} tokens")
         for token in (*self.eos_token_ids, self.bos_token_id):
             # -1 is an old spelling of "no such token".
-            valid = token is None or (_is_int(token) and -1 <= token)
+            valid = token is None or (_is_int(token) and -1 <= token < 2**63)
             _check(valid, "bos/eos_token_id", token, "a token id or null")
         pad = self.pad_token_id
         _check(
@@ -418,6 +423,8 @@ class LlamaConfig:
             f"null, -1 or a row of the embedding, 0..{self.vocab_size - 1}",
         )
         _check_names(self.architectures, "architectures")
+        count = len(self.architectures)
+        _check(count <= MAX_NAMES, "architectures", f"{count} names", f"at most {MAX_NAMES} names")
         _check_names(self.labels, "id2label")
         _check(
             len(self.labels) in (0, self.num_labels), "id2label", self.labels, f"num_labels = {self.num_labels} names"
@@ -570,8 +577,23 @@ def load_config(folder: Path, allow_keys: Collection[str] = ()) -> LlamaConfig:
 
 
 MAX_JSON_BYTES = 16_000_000
-"""What is parsed of a config, an index, a manifest or a sidecar: the largest known are below 1 MB, and parsing takes up to
-25 times the size in memory."""
+"""Largest config, index, manifest or sidecar: the largest known are below 1 MB, and parsing takes up to 25 times the size
+in memory."""
+MAX_TOKENIZER_BYTES = 128_000_000
+"""Largest ``tokenizer.json``. The largest published one, of Gemma 3, has 33 MB; that of Llama 4 has 28 MB."""
+MAX_LAYERS = 4_096
+"""Most decoder layers. The deepest published Llama, of 405B parameters, has 126."""
+MAX_SIZE = 1 << 24
+"""Largest vocabulary, width, number of heads or of labels. The largest published vocabularies have 262,144 entries, and
+the MLP of the Llama of 405B parameters is 53,248 wide."""
+MAX_WEIGHT_FILES = 10_000
+"""Most files in an index. The Llama of 405B parameters has 191."""
+MAX_TENSORS = 100_000
+"""Most tensors in one checkpoint: 4,096 layers of 12 are 49,152."""
+MAX_NAMES = 1_000
+"""Most end-of-sequence tokens, and most architectures. Published Llamas have three, and one."""
+MAX_ROPE = 1e15
+"""Largest number in the RoPE settings. The largest published ``rope_theta`` is 4.6e10 (Llama 3 with 4M tokens of context)."""
 
 
 def load_json_object(path: Path) -> dict[str, Any]:

@@ -17,8 +17,13 @@ A failed parity check is a result, not an exception (exit 1). Any other exceptio
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+
+from llama_export._text import printable, shortened
+
+MAX_MESSAGE, MAX_VALUE, MAX_VALUES = 2_000, 8_000, 200
+"""Longest sentence or hint, and longest value of a detail, characters; most details. Errors quote files that somebody
+else made, and a JSON value of 16 MB is no help to a reader. The largest own values, a parser's messages, fit."""
 
 
 class LlamaExportError(Exception):
@@ -28,15 +33,20 @@ class LlamaExportError(Exception):
         message: one sentence, no final stop.
         details: label -> value lines, printed below the sentence in order (file, tensor, got, expected, ...).
         hint: the command, flag or edit that fixes it.
+
+    Long texts are shortened here, and nowhere else; ``str()`` of an error is safe to print.
     """
 
     exit_code = 2
 
     def __init__(self, message: str, *, details: Mapping[str, object] | None = None, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.details = {key: str(value) for key, value in (details or {}).items()}
-        self.hint = hint
+        self.message = shortened(message, MAX_MESSAGE)
+        super().__init__(self.message)
+        pairs = list((details or {}).items())
+        self.details = {shortened(key, 200): shortened(str(value), MAX_VALUE) for key, value in pairs[:MAX_VALUES]}
+        if pairs[MAX_VALUES:]:
+            self.details["left out"] = f"{len(pairs) - MAX_VALUES} more lines"
+        self.hint = None if hint is None else shortened(hint, MAX_MESSAGE)
 
     def __str__(self) -> str:
         lines = [self.message]
@@ -44,11 +54,7 @@ class LlamaExportError(Exception):
         lines += [f"  {key + ':':<{width}} {value}" for key, value in self.details.items()]
         if self.hint:
             lines += ["", f"hint: {self.hint}"]
-        return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), "\n".join(lines))
-
-
-_CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
-"""A name in a file that somebody made may hold what steers a terminal, or cannot be printed at all."""
+        return printable("\n".join(lines))
 
 
 class ConfigError(LlamaExportError):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_export import plugins
 from llama_export._tensorrt import execution_blocker, load_backend, message_log
+from llama_export._text import printable_values
 from llama_export.checkpoint import DTYPE_BYTES
 from llama_export.engine_check import inspect_engine
 from llama_export.engine_spec import MAX_LOGITS, rebuild_command
@@ -91,6 +92,7 @@ def print_engine(data: Mapping[str, Any], console: Console) -> None:
     """The same for a terminal."""
     from rich.table import Table
 
+    data = printable_values(data)  # names come from files
     facts = Table(show_header=False, box=None, pad_edge=False)
     settings, weights, library = data["settings"], data["weights"], data["plugin_library"]
     later = " and later ones it supports" if data["forward_compatible"] else ""

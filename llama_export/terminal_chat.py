@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from llama_export._files import json_from_bytes, read_small
+from llama_export._text import terminal_text
 from llama_export.bundle import json_bytes, load_bundle, write_atomically
 from llama_export.config import MAX_JSON_BYTES, count_parameters, load_json_object
 from llama_export.errors import ConfigError, LlamaExportError, ShapeError
@@ -374,17 +375,6 @@ def _forgotten(count: int, conversation: Conversation) -> str:
 
 # ---- in a terminal ----------------------------------------------------------------------------------------------
 
-_VISIBLE: dict[int, int | None] = {
-    **{code: 0x2400 + code for code in range(32)}, 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
-    ord("\n"): ord("\n"), ord("\t"): ord("\t"), ord("\r"): None,
-}  # fmt: skip
-
-
-def visible(text: str) -> str:
-    """Text that steers no terminal: control characters become pictures of themselves, of which none is left but line
-    breaks and tabs."""
-    return text.translate(_VISIBLE)
-
 
 class _SecondInterrupt(KeyboardInterrupt):
     """Ctrl-C again, before the token that the first one waits for."""
@@ -474,7 +464,7 @@ class TerminalChat:
             llm.session.backend,
             f"{conversation.capacity} tokens of context",
         )
-        name = visible(llm.bundle.folder.resolve().name)
+        name = terminal_text(llm.bundle.folder.resolve().name)
         self._write(f"{self._styled(name, _BOLD)}: {', '.join(parts)}\n")
         if llm.session.note:
             self._note(llm.session.note)
@@ -527,7 +517,7 @@ class TerminalChat:
 
         def show(piece: str) -> None:
             nonlocal is_blank
-            shown = visible(piece)
+            shown = terminal_text(piece)
             if is_blank:  # some templates leave a line break to the model
                 shown = shown.lstrip()
             if shown:
@@ -597,7 +587,7 @@ class TerminalChat:
     def _note(self, text: str) -> None:
         """A line about the conversation, which is not part of it."""
         text, end = (text[:-1], "\n\n") if text.endswith("\n") else (text, "\n")
-        self._write(self._styled(visible(text), _DIM) + end)
+        self._write(self._styled(terminal_text(text), _DIM) + end)
 
     def _styled(self, text: str, style: str) -> str:
         return f"{style}{text}{_PLAIN}" if self._color else text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +36,7 @@ from support import (
 )
 
 from llama_export.checkpoint import load_checkpoint, read_safetensors_header, resolve_dtype
+from llama_export.cli import main
 from llama_export.config import expected_tensors, load_config
 from llama_export.errors import CheckpointError, ConfigError
 
@@ -734,7 +736,6 @@ def test_folder_in_place_of_a_shard_is_refused(make_checkpoint: MakeCheckpoint, 
         "",
         "a\\b.safetensors",
         "a\0b",
-        "\ud800.safetensors",
     ],
     ids=repr,
 )
@@ -747,8 +748,53 @@ def test_index_that_points_out_of_its_folder_is_refused(
     write_index(checkpoint, {**weight_map, LAST: name})
     check_export_refused(
         capsys, checkpoint, f"`{INDEX}` points out of its folder", "plain file names", str(checkpoint / INDEX),
-        name.replace("\0", "\\x00").replace("\ud800", "\\ud800"),
+        name.replace("\0", "\\x00"),
     )  # fmt: skip
+
+
+def test_half_of_a_surrogate_pair_is_refused(make_checkpoint: MakeCheckpoint, capsys: Capture) -> None:
+    checkpoint = make_checkpoint()
+    split_in_shards(checkpoint)
+    weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
+    write_index(checkpoint, {**weight_map, LAST: "\ud800.safetensors"})
+    check_export_refused(capsys, checkpoint, f"`{INDEX}` cannot be read as JSON", "half of a surrogate pair")
+    (checkpoint / INDEX).write_text('{"weight_map": {"\\ud83d\\ude00": "\\ud83d\\ude00.safetensors"}}')
+    check_export_refused(capsys, checkpoint, "`\U0001f600.safetensors` is missing")
+
+
+def test_an_index_of_more_tensors_or_files_than_any_model_has_is_refused_at_once(
+    make_checkpoint: MakeCheckpoint, capsys: Capture
+) -> None:
+    checkpoint = make_checkpoint()
+    split_in_shards(checkpoint)
+    for count, said in ((200_000, "too many tensors"), (20_000, "too many files")):
+        write_index(checkpoint, {f"t{number}": f"{number}.safetensors" for number in range(count)})
+        start = time.process_time()
+        check_export_refused(capsys, checkpoint, said, f"{count}")
+        assert time.process_time() - start < 5
+
+
+def test_a_header_of_more_tensors_than_any_model_has_is_refused_at_once(
+    make_checkpoint: MakeCheckpoint, capsys: Capture
+) -> None:
+    checkpoint = make_checkpoint()
+    for entries, said in (("{}", "more than 100000"), ("[[[[[[[[0]]]]]]]]", "header of ")):
+        raw = ("{" + ",".join(f'"{number}":{entries}' for number in range(500_000)) + "}").encode()
+        (checkpoint / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
+        start = time.process_time()
+        check_export_refused(capsys, checkpoint, "not a valid safetensors file", said)
+        assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_a_tokenizer_of_gigabytes_is_not_taken_along(
+    name: str, make_checkpoint: MakeCheckpoint, capsys: Capture
+) -> None:
+    checkpoint = make_checkpoint()
+    with (checkpoint / name).open("wb") as stream:
+        stream.truncate(2 << 30)
+    assert main(["export", str(checkpoint), "-o", str(checkpoint.parent / "out")]) == 2
+    assert f"`{name}` is too large" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "pytorch_model.bin"])

@@ -144,6 +144,10 @@ def test_another_model_type_is_refused(value: Any, make_checkpoint: MakeCheckpoi
     [
         ("vocab_size", 0, "an integer >= 1"),
         ("vocab_size", -97, "an integer >= 1"),
+        ("vocab_size", 10**9, "an integer >= 1, at most 16777216"),
+        ("num_hidden_layers", 10**9, "an integer >= 1, at most 4096"),
+        ("rms_norm_eps", 10**300, "a number > 0, at most 1"),
+        ("eos_token_id", 10**100, "a token id or null"),
         ("hidden_size", "72", "an integer >= 1"),
         ("intermediate_size", 100.0, "an integer >= 1"),
         ("num_hidden_layers", True, "an integer >= 1"),
@@ -217,6 +221,13 @@ def test_sizes_default_as_in_hugging_face() -> None:
     assert not config.attention_bias
     assert not config.mlp_bias
     assert config.eos_token_ids == (2,)
+
+
+def test_lists_in_a_config_have_a_sane_length() -> None:
+    for key, value in (("eos_token_id", [1] * 10_000), ("architectures", ["LlamaForCausalLM"] * 10_000)):
+        with pytest.raises(ConfigError, match="10000 ") as caught:
+            config_from_dict({**BASE, key: value})
+        assert "at most 1000 " in caught.value.details["expected"]
 
 
 @pytest.mark.parametrize(("value", "ids"), [(2, (2,)), ([2, 5], (2, 5)), (None, ()), (-1, (-1,))])
@@ -306,7 +317,10 @@ def test_rope_type_is_also_read_from_the_oldest_spelling(settings: dict[str, Any
             ["rope_type dynamic", "original_max_position_embeddings", "would be ignored or guessed"],
         ),
         ({"rope_scaling": {"type": "dynamic", "factor": 0.9}}, ["bad value for RoPE factor: 0.9", "a number >= 1"]),
-        ({"rope_scaling": {"type": "dynamic", "factor": 1e300}}, ["RoPE factor", "2^53 / max_position_embeddings"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1e15}}, ["RoPE factor", "2^53 / max_position_embeddings"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1e300}}, ["RoPE factor", "at most 1e+15"]),
+        ({"rope_scaling": {"type": "linear", "factor": 10**100}}, ["RoPE factor", "at most 1e+15"]),
+        ({"rope_theta": 10**100}, ["rope_theta", "at most 1e+15"]),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2},
             ["head_dim: 2", "at least 4 (dynamic RoPE divides by head_dim - 2)"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,10 +23,11 @@ from llama_export.cli import main
 from llama_export.config import EngineConfig
 from llama_export.engine import build_engine
 from llama_export.engine_check import check_engine
+from llama_export.errors import ConfigError
 from llama_export.export import export_checkpoint
 from llama_export.parity import stages as stages_module
 from llama_export.parity.calls import Answers
-from llama_export.parity.case import SegmentRunner, reproduce_case, segment_model, segments
+from llama_export.parity.case import SegmentRunner, remove_cases, reproduce_case, segment_model, segments
 from llama_export.parity.evaluator import GraphEvaluator
 from llama_export.parity.faults import inject
 from llama_export.parity.judge import ValidateConfig
@@ -353,10 +355,35 @@ def damage(case: Path, what: str) -> None:
         (case / "input.0.npy").write_bytes(b"nothing")
     elif what == "want":
         (case / "want.npy").unlink()
+    elif what == "archive":
+        np.savez(case / "want.npz", x=np.zeros(3))
+        (case / "want.npz").rename(case / "want.npy")
+    elif what == "pickle":
+        np.save(case / "want.npy", np.array([{}], dtype=object), allow_pickle=True)
+    elif what == "shape":
+        np.save(case / "want.npy", np.zeros((7, 7, 7)))
+    elif what == "huge":
+        header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }\n"
+        (case / "want.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    elif what in ("pipe", "device"):
+        for name in ("input.0.npy", "op.onnx", "weights.bin"):
+            (case / name).unlink(missing_ok=True)
+            os.mkfifo(case / name) if what == "pipe" else (case / name).symlink_to("/dev/zero")
+    elif what == "dtype":
+        data["dtype"] = "nn"
+    elif what == "location":
+        model = onnx.load(str(case / "op.onnx"), load_external_data=False)
+        item = model.graph.initializer.add(name="other", data_type=1, dims=[1], data_location=1)
+        for key, value in (("location", "case.json"), ("offset", "0"), ("length", "4")):
+            item.external_data.add(key=key, value=value)
+        (case / "op.onnx").write_bytes(model.SerializeToString())
     (case / "case.json").write_text("{" if what == "json" else json.dumps(data), encoding="utf-8")
 
 
-@pytest.mark.parametrize("what", ["version", "runtime", "key", "graph", "input", "want", "json"])
+@pytest.mark.parametrize("what", [
+    "version", "runtime", "key", "graph", "input", "want", "json", "archive", "pickle", "shape", "huge", "pipe", "device", "dtype",
+    "location",
+])  # fmt: skip
 def test_a_damaged_case_is_refused(case: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
     shutil.copytree(case, tmp_path / "case")
     damage(tmp_path / "case", what)
@@ -365,6 +392,14 @@ def test_a_damaged_case_is_refused(case: Path, tmp_path: Path, capsys: pytest.Ca
     assert err.startswith("error: ")
     assert "\nhint: " in err
     assert "Traceback" not in err
+
+
+def test_cases_behind_a_link_are_not_removed(case: Path, tmp_path: Path) -> None:
+    shutil.copytree(case, tmp_path / "elsewhere" / "case")
+    (tmp_path / "operations").symlink_to("elsewhere")
+    with pytest.raises(ConfigError, match="symbolic link"):
+        remove_cases(tmp_path / "operations")
+    assert (tmp_path / "elsewhere" / "case" / "case.json").exists()
 
 
 def test_a_folder_without_a_case_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ import pytest
 from support import heed_ctrl_c
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from llama_export._text import terminal_text
 from llama_export.bundle import Bundle
 from llama_export.cli import main
 from llama_export.config import LlamaConfig, config_from_dict
@@ -36,7 +37,6 @@ from llama_export.terminal_chat import (
     default_sampling,
     document,
     messages_from_file,
-    visible,
     wants_color,
 )
 
@@ -334,7 +334,7 @@ def test_lines_without_a_terminal() -> None:
 def test_a_session_from_greeting_to_end() -> None:
     text = run(talk(system="be kind"), "hello", "", "bye")
     assert text == (
-        "fake␛[31m: 728 parameters, float32, fake-backend, 1000 tokens of context\n"
+        "fake\\x1b[31m: 728 parameters, float32, fake-backend, 1000 tokens of context\n"
         "/help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.\nsystem: be kind\n\n"
         "> hello\n...\r   \rYou said: hello.\n"
         "3 tokens, 1.0 tokens/s, first after 0.00 s, context 1% full, 3 reused\n\n"
@@ -366,8 +366,8 @@ def test_nothing_the_model_says_steers_the_terminal() -> None:
     hostile = ["\n\n \x1b]0;title\x07", "\x1b[2J", "\x9b1m\x7f", "a\r\nb\tc\x00\x08", "é世👩🏽‍🚀"]
     text = run(talk(lambda messages, params: hostile), "x")
     shown = text.partition("\r   \r")[2].partition("\n5 tokens")[0]
-    assert shown == "␛]0;title␇␛[2J\ufffd1m␡a\nb\tc␀␈é世👩🏽‍🚀"
-    everything = visible("".join(map(chr, range(0x110000 - 0x800 - 1))))
+    assert shown == "\\x1b]0;title\\x07\\x1b[2J\\x9b1m\\x7fa\nb\tc\\x00\\x08é世👩🏽‍🚀"
+    everything = terminal_text("".join(map(chr, range(0x110000 - 0x800 - 1))))
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", everything)
 
 

@@ -14,6 +14,8 @@ shape arithmetic that only it reads. A *case* is a segment as an ONNX file of it
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -24,13 +26,15 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import onnx
 import torch
-from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 from onnx import helper
 from torch import Tensor
 
+from llama_export._files import open_regular, read_small
+from llama_export._typed import typed
 from llama_export.bundle import json_bytes, write_error
 from llama_export.config import load_json_object
-from llama_export.errors import ConfigError, ToolchainError
+from llama_export.errors import ConfigError, LlamaExportError, ToolchainError
 from llama_export.parity.evaluator import CustomOps, GraphEvaluator
 from llama_export.parity.judge import NotRun, custom_kernels
 from llama_export.parity.metrics import Difference, difference
@@ -39,6 +43,13 @@ from llama_export.parity.tensors import to_numpy
 
 SCHEMA_VERSION = 1
 Runtime = Literal["evaluator", "onnxruntime"]
+FloatType = Literal["float64", "float32", "float16", "bfloat16"]
+InputType = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "bool"]
+MAX_GRAPH_BYTES = 64_000_000
+"""Largest ``op.onnx``: one operation, whose weights lie beside it, has some kB."""
+MAX_ARRAY_BYTES = 1_000_000_000
+"""Largest input or output. The logits of 128 tokens over 262,144 entries have 0.3 GB in float64."""
+_ARRAY_TYPES = ("<f8", "<f4", "<f2", "<i8", "<i4", "|b1")
 _WEIGHTS = "weights.bin"
 _ELEM_TYPES = {
     torch.float64: onnx.TensorProto.DOUBLE,
@@ -166,10 +177,10 @@ class Case:
     tensor: str
     """The output that is wrong."""
     runtime: Runtime
-    dtype: str
+    dtype: FloatType
     custom_ops: str
     """``eager`` or ``bodies``; or how the plugins' kernels run: ``interpreter``, ``enqueue``, ``ptx``, ``gpu``."""
-    inputs: Mapping[str, str]
+    inputs: Mapping[str, InputType]
     """Input -> dtype; ``input.N.npy`` in this order. 16-bit values are stored widened to float32."""
     limit_relative_l2: float
     limit_relative_max: float
@@ -206,7 +217,17 @@ def save_case(
 
 
 def remove_cases(folder: Path) -> None:
-    """Removes the cases of an earlier validation, and nothing else."""
+    """Removes the cases of an earlier validation, and nothing else.
+
+    Raises:
+        ConfigError: the folder is a symbolic link: what lies behind it is not this report's.
+    """
+    if folder.is_symlink():
+        raise ConfigError(
+            f"`{folder.name}` in the report's folder is a symbolic link",
+            details={"file": folder, "got": os.path.realpath(folder), "expected": "a folder, or nothing"},
+            hint="remove the link, or give another folder: --report DIR",
+        )
     for path in folder.glob("*/case.json"):
         shutil.rmtree(path.parent, ignore_errors=True)
 
@@ -241,19 +262,68 @@ def reproduce_case(folder: Path) -> tuple[Case, Difference, bool]:
     """
     case = _read_case(folder)
     try:
-        arrays = [np.load(folder / f"input.{number}.npy", allow_pickle=False) for number in range(len(case.inputs))]
-        want = np.load(folder / "want.npy", allow_pickle=False)
-        model = onnx.load(str(folder / "op.onnx"), load_external_data=False)
-    except (OSError, ValueError, DecodeError) as err:
+        arrays = [_read_array(folder / f"input.{number}.npy") for number in range(len(case.inputs))]
+        want = _read_array(folder / "want.npy")
+        model = _read_model(folder)
+        kinds = (getattr(torch, name) for name in case.inputs.values())
+        inputs = {
+            name: torch.from_numpy(array).to(kind) for name, array, kind in zip(case.inputs, arrays, kinds, strict=True)
+        }
+        dtype, custom_ops = getattr(torch, case.dtype), custom_ops_named(case.custom_ops)
+        runner = SegmentRunner(model, runtime=case.runtime, dtype=dtype, custom_ops=custom_ops, folder=folder)
+        found = difference([(case.tensor, to_numpy(runner.run(inputs)[case.tensor]), want)])
+    except LlamaExportError:
+        raise
+    except Exception as err:
         raise _damaged(folder, err) from err
-    kinds = (getattr(torch, name) for name in case.inputs.values())
-    inputs = {
-        name: torch.from_numpy(array).to(kind) for name, array, kind in zip(case.inputs, arrays, kinds, strict=True)
-    }
-    dtype, custom_ops = getattr(torch, case.dtype), custom_ops_named(case.custom_ops)
-    runner = SegmentRunner(model, runtime=case.runtime, dtype=dtype, custom_ops=custom_ops, folder=folder)
-    found = difference([(case.tensor, to_numpy(runner.run(inputs)[case.tensor]), want)])
     return case, found, not within(found, case.limit_relative_l2, case.limit_relative_max)
+
+
+def _read_array(path: Path) -> NDArray[Any]:
+    """An array of one of the types that cases hold; its size is checked before anything is read.
+
+    Raises:
+        OSError: not a regular file. ValueError: not ``.npy``, another type, too large, or cut short.
+    """
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read_header(stream)
+        if dtype.str not in _ARRAY_TYPES or is_fortran:
+            raise ValueError(f"{path.name} holds {dtype.str[:40]}, not one of {', '.join(_ARRAY_TYPES)} in C order")
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes != size - stream.tell() or nbytes > MAX_ARRAY_BYTES:
+            raise ValueError(f"{path.name} has {size} bytes, and its header says {nbytes} of at most {MAX_ARRAY_BYTES}")
+        return np.frombuffer(bytearray(stream.read(nbytes)), dtype).reshape(shape)
+
+
+def _read_model(folder: Path) -> onnx.ModelProto:
+    """The graph; every tensor that lies outside it lies in ``weights.bin``, as far as that goes.
+
+    Raises:
+        OSError: not a regular file. ValueError: a tensor elsewhere. google.protobuf.message.DecodeError: not a model.
+    """
+    model = onnx.ModelProto.FromString(read_small(folder / "op.onnx", MAX_GRAPH_BYTES))
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        tensors = [attribute.t, *attribute.tensors, *(item.values for item in attribute.sparse_tensors)]
+        if attribute.HasField("g") or len(attribute.graphs) or any(len(tensor.external_data) for tensor in tensors):
+            raise ValueError(f"attribute {attribute.name[:100]!r} holds a graph, or a tensor outside the file")
+    stored = [item for item in model.graph.initializer if len(item.external_data)]
+    if not stored:
+        return model
+    with open_regular(folder / _WEIGHTS) as stream:
+        size = os.fstat(stream.fileno()).st_size
+    for item in stored:
+        where = {entry.key: entry.value for entry in item.external_data}
+        begin, length = int(where["offset"]), int(where["length"])
+        if where["location"] != _WEIGHTS or not 0 <= begin <= begin + length <= size:
+            raise ValueError(f"{item.name[:100]!r} does not lie in {_WEIGHTS}, which has {size} bytes")
+        itemsize = helper.tensor_dtype_to_np_dtype(item.data_type).itemsize
+        if min(item.dims, default=1) < 0 or math.prod(item.dims) * itemsize != length:
+            raise ValueError(f"{item.name[:100]!r} has dims {list(item.dims)[:8]} and {length} bytes")
+    return model
 
 
 def within(found: Difference, limit_l2: float, limit_max: float) -> bool:
@@ -298,20 +368,14 @@ def _read_case(folder: Path) -> Case:
             hint="validate again with this version",
         )
     try:
-        case = Case(**data)
-        known = case.runtime in ("evaluator", "onnxruntime") and all(
-            hasattr(torch, kind) for kind in case.inputs.values()
-        )
-        if not known or not hasattr(torch, case.dtype):
-            raise ValueError("a runtime or dtype that is not known")
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        return typed(data, Case)
+    except ValueError as err:
         raise _damaged(folder, err) from err
-    return case
 
 
 def _damaged(folder: Path, err: Exception) -> ConfigError:
     return ConfigError(
-        "the saved operation is not complete",
-        details={"case": folder, "reason": err},
+        "the saved operation is not complete, or it cannot be run",
+        details={"case": folder, "reason": getattr(err, "strerror", None) or f"{type(err).__name__}: {err}"},
         hint="validate again: it is written anew",
     )

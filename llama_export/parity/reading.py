@@ -6,37 +6,34 @@ the one its stages imply.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import sys
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from llama_export._files import json_from_bytes, read_small
+from llama_export._typed import typed
+from llama_export.config import MAX_JSON_BYTES
 from llama_export.errors import ConfigError
-from llama_export.parity.result import (
-    SCHEMA_VERSION,
-    LogitsSample,
-    ParityReport,
-    Stage,
-    Tolerance,
-    TopChoices,
-    TopLogit,
-    WorstElement,
-)
+from llama_export.parity.result import SCHEMA_VERSION, NonFinite, ParityReport, Stage
 
-T = TypeVar("T")
 _HINT = "give a parity.json that `llama-export validate` wrote, or the folder it lies in"
+_OPTIONAL = {"logits"}
+"""Keys that a report may lack: earlier versions did not write them."""
 
 
 def report_from_json(path: Path) -> ParityReport:
     """The report in a file, or in ``parity.json`` of a folder.
 
     Raises:
-        ConfigError: no such file, not UTF-8, not strict JSON, not a report, or one of another schema version.
+        ConfigError: no such file, not a regular file, larger than ``config.MAX_JSON_BYTES``, not UTF-8, not strict JSON,
+            not a report, or one of another schema version.
     """
     file = path / "parity.json" if path.is_dir() else path
     try:
-        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        data = json_from_bytes(read_small(file, MAX_JSON_BYTES), strict=True)
     except FileNotFoundError:
         raise ConfigError(f"no report `{file}`", details={"expected": "parity.json"}, hint=_HINT) from None
     except (OSError, ValueError, RecursionError) as err:  # ValueError: not UTF-8, not JSON, an integer of 5000 digits
@@ -46,9 +43,9 @@ def report_from_json(path: Path) -> ParityReport:
             hint=_HINT,
         ) from err
     try:
-        return _report(_Place(data))
+        return _report(data)
     except _Unexpected as err:
-        other = isinstance(err, _OtherVersion)
+        other = err.where == "schema_version" and err.expected == str(SCHEMA_VERSION)
         raise ConfigError(
             f"`{file.name}` is a report of another version" if other else f"`{file.name}` is no report of llama-export",
             details={"file": file, "where": err.where or "the document", "got": err.got, "expected": err.expected},
@@ -57,170 +54,118 @@ def report_from_json(path: Path) -> ParityReport:
 
 
 class _Unexpected(Exception):
+    """A value of the document that is not what it should be; ``...`` where there is none."""
+
     def __init__(self, where: str, got: object, expected: str) -> None:
         super().__init__(where)
         shown = ascii(got) if isinstance(got, (str, int, float, bool, type(None))) else type(got).__name__
         self.where, self.expected = where, expected
-        self.got = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        self.got = "nothing" if got is ... else shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
-class _OtherVersion(_Unexpected):
-    """A report, but one whose keys may mean something else."""
-
-
-class _Place:
-    """A value of the document that knows where it stands, for what is said when it is not what it should be."""
-
-    def __init__(self, value: Any, where: str = "") -> None:
-        self.value = value
-        self.where = where
-
-    def unexpected(self, expected: str) -> _Unexpected:
-        return _Unexpected(self.where, self.value, expected)
-
-    def __getitem__(self, key: str) -> _Place:
-        where = f"{self.where}.{key}" if self.where else key
-        found = self.object()
-        if key not in found:
-            raise _Unexpected(where, "nothing", "this key")
-        return found[key]
-
-    def object(self) -> dict[str, _Place]:
-        if not isinstance(self.value, dict):
-            raise self.unexpected("an object")
-        return {key: _Place(item, f"{self.where}.{key}" if self.where else key) for key, item in self.value.items()}
-
-    def array(self, read: Callable[[_Place], T]) -> tuple[T, ...]:
-        if not isinstance(self.value, list):
-            raise self.unexpected("an array")
-        return tuple(read(_Place(item, f"{self.where}[{index}]")) for index, item in enumerate(self.value))
-
-    def optional(self, read: Callable[[_Place], T]) -> T | None:
-        return None if self.value is None else read(self)
-
-    def text(self) -> str:
-        if not isinstance(self.value, str):
-            raise self.unexpected("a string")
-        return self.value
-
-    def integer(self) -> int:
-        if not isinstance(self.value, int) or isinstance(self.value, bool):
-            raise self.unexpected("an integer")
-        return self.value
-
-    def number(self) -> float:
-        if self.value in ("nan", "inf", "-inf"):
-            return float(self.value)
-        if not isinstance(self.value, (int, float)) or isinstance(self.value, bool):
-            raise self.unexpected('a number, "nan", "inf" or "-inf"')
-        if abs(self.value) > sys.float_info.max:
-            raise self.unexpected("a number of 64 bits")
-        return self.value  # an integer stays one: a count is no measurement
-
-    def one_of(self, *allowed: str) -> Any:
-        if self.value not in allowed:
-            raise self.unexpected(" or ".join(map(json.dumps, allowed)))
-        return self.value
-
-
-def _report(data: _Place) -> ParityReport:
-    version = data["schema_version"]
-    if version.integer() != SCHEMA_VERSION:
-        raise _OtherVersion(version.where, version.value, str(SCHEMA_VERSION))
-    report = ParityReport(
-        stages=data["stages"].array(_stage),
-        required=data["required"].array(_Place.text),
-        environment=_texts(data["environment"]),
-        hashes=_texts(data["hashes"]),
-        model={key: item.value for key, item in data["model"].object().items()},
-        created_at=data["created_at"].text(),
-        deviations=data["deviations"].array(_Place.text),
-    )
+def _report(data: Any) -> ParityReport:
+    if not isinstance(data, dict):
+        raise _Unexpected("", data, "an object")
+    version = data.get("schema_version", ...)
+    if version is ... or type(version) is not int:
+        raise _Unexpected("schema_version", version, "this key" if version is ... else "an integer")
+    if version != SCHEMA_VERSION:
+        raise _Unexpected("schema_version", version, str(SCHEMA_VERSION))
+    _check_keys(data, ParityReport, "")
+    for index, stage in enumerate(data["stages"] if isinstance(data["stages"], list) else ()):
+        if isinstance(stage, dict):
+            _check_keys(stage, Stage, f"stages[{index}].")
+    try:
+        report: ParityReport = _with_floats(typed(data, ParityReport))
+    except ValueError as err:
+        raise _explained(data, str(err)) from None
+    for index, stage in enumerate(report.stages):
+        _check_stage(stage, f"stages[{index}]")
     names = [stage.name for stage in report.stages]
     if len(set(names)) < len(names):
         raise _Unexpected("stages", next(name for name in names if names.count(name) > 1), "every name once")
-    stated = data["verdict"]
-    if stated.one_of("pass", "fail") != report.verdict:
-        raise stated.unexpected(f"{json.dumps(report.verdict)}, which is what the stages imply")
+    if (stated := data.get("verdict", ...)) != report.verdict:
+        raise _Unexpected("verdict", stated, f"{json.dumps(report.verdict)}, which is what the stages imply")
     return report
 
 
-def _stage(data: _Place) -> Stage:
-    stage = Stage(
-        name=data["name"].text(),
-        verdict=data["verdict"].one_of("pass", "fail", "not-run"),
-        reason=data["reason"].text(),
-        metrics={key: _metric(item) for key, item in data["metrics"].object().items()},
-        tolerance=data["tolerance"].optional(_tolerance),
-        worst=data["worst"].optional(_worst),
-        seconds=data["seconds"].number(),
-        series={key: item.array(_Place.number) for key, item in data["series"].object().items()},
-        first_divergence=data["first_divergence"].optional(_divergence),
-        logits=_Place(data.object().get("logits", _Place(None)).value, f"{data.where}.logits").optional(_logits),
-    )
+def _check_keys(data: Mapping[str, Any], kind: type, prefix: str) -> None:
+    """All keys stand in the document, also those whose fields have defaults."""
+    for field in dataclasses.fields(kind):
+        if field.name not in data and field.name not in _OPTIONAL:
+            raise _Unexpected(f"{prefix}{field.name}", ..., "this key")
+
+
+def _check_stage(stage: Stage, where: str) -> None:
+    """What the types do not say."""
     if stage.tolerance and stage.verdict == "pass":
-        metric = data["metrics"][stage.tolerance.metric]
-        if not metric.number() <= stage.tolerance.value:
-            raise metric.unexpected(f"at most {stage.tolerance.value:g}, since the stage is a pass")
-    return stage
+        value, place = stage.metrics.get(stage.tolerance.metric, ...), f"{where}.metrics.{stage.tolerance.metric}"
+        if not isinstance(value, (int, float)):
+            raise _Unexpected(place, value, "this key" if value is ... else "a number")
+        if not value <= stage.tolerance.value:
+            expected = f"at most {stage.tolerance.value:g}, since the stage is a pass"
+            raise _Unexpected(place, value if value == value else str(value), expected)
+    if stage.logits:
+        columns = (stage.logits.positions, stage.logits.tokens, stage.logits.got, stage.logits.want)
+        if len({len(column) for column in columns}) > 1:
+            raise _Unexpected(f"{where}.logits", "columns of different length", "columns of equal length")
 
 
-def _metric(data: _Place) -> Any:
-    if isinstance(data.value, list):
-        return data.array(_Place.number)
-    return data.text() if isinstance(data.value, str) and data.value not in ("nan", "inf", "-inf") else data.number()
+def _with_floats(value: Any) -> Any:
+    """The same with a float for each of the strings that stand for one."""
+    if isinstance(value, NonFinite):
+        return float(value.value)
+    if isinstance(value, Stage):
+        words = {member.value for member in NonFinite}
+        metrics = {key: float(item) if item in words else item for key, item in value.metrics.items()}
+        value = dataclasses.replace(value, metrics=metrics)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return dataclasses.replace(value, **{one.name: _with_floats(getattr(value, one.name)) for one in fields})
+    if isinstance(value, Mapping):
+        return {key: _with_floats(item) for key, item in value.items()}
+    return tuple(map(_with_floats, value)) if isinstance(value, tuple) else value
 
 
-def _tolerance(data: _Place) -> Tolerance:
-    return Tolerance(value=data["value"].number(), metric=data["metric"].text(), why=data["why"].text())
+# ---- what is said of a document that does not fit ---------------------------------------------------------------
+
+_EXPECTED = {"int": "an integer", "str": "a string", "object": "an object", "array": "an array"}
+_NUMBER = 'a number, "nan", "inf" or "-inf"'
 
 
-def _worst(data: _Place) -> WorstElement:
-    return WorstElement(
-        tensor=data["tensor"].text(),
-        layer=data["layer"].optional(_Place.integer),
-        index=data["index"].array(_Place.integer),
-        got=data["got"].number(),
-        want=data["want"].number(),
-    )
+def _explained(data: Any, message: str) -> _Unexpected:
+    """msgspec's message as a place, what stands there and what should: "Expected `int`, got `str` - at `$.stages[0].x`"."""
+    said, _, path = message.partition(" - at `$")
+    where, value = _value_at(data, re.findall(r"\.\w+|\[\d+\]|\[\.\.\.\]", path))
+    if missing := re.search(r"missing required field `(\w+)`", said):
+        return _Unexpected(f"{where}.{missing[1]}", ..., "this key")
+    if where.endswith(".verdict"):
+        return _Unexpected(where, value, '"pass" or "fail" or "not-run"')
+    if "<=" in said or ">=" in said or "out of range" in said:
+        return _Unexpected(where, value, "a number of 64 bits")
+    kind = re.search(r"Expected `([^`]+)`", said)
+    names = kind[1].split(" | ") if kind else ["float"]  # "Invalid enum value": a string in a number's place
+    expected = _NUMBER if "float" in names else " or ".join(_EXPECTED.get(name, name) for name in names)
+    return _Unexpected(where, value, expected)
 
 
-def _divergence(data: _Place) -> Mapping[str, Any]:
-    return {key: item.value for key, item in data.object().items()}
-
-
-def _logits(data: _Place) -> LogitsSample:
-    sample = LogitsSample(
-        compared=data["compared"].integer(),
-        positions=data["positions"].array(_Place.integer),
-        tokens=data["tokens"].array(_Place.integer),
-        got=data["got"].array(_Place.number),
-        want=data["want"].array(_Place.number),
-        top=data["top"].array(_top_choices),
-    )
-    if len({len(column) for column in (sample.positions, sample.tokens, sample.got, sample.want)}) > 1:
-        raise _Unexpected(data.where, "columns of different length", "columns of equal length")
-    return sample
-
-
-def _top_choices(data: _Place) -> TopChoices:
-    return TopChoices(
-        position=data["position"].integer(),
-        where=data["where"].text(),
-        got=data["got"].array(_top_logit),
-        want=data["want"].array(_top_logit),
-    )
-
-
-def _top_logit(data: _Place) -> TopLogit:
-    return TopLogit(
-        token=data["token"].integer(), text=data["text"].optional(_Place.text), logit=data["logit"].number()
-    )
-
-
-def _texts(data: _Place) -> Mapping[str, str]:
-    return {key: item.text() for key, item in data.object().items()}
-
-
-def _refuse_constant(literal: str) -> float:
-    raise ValueError(f"{literal} is not JSON")
+def _value_at(data: Any, steps: list[str]) -> tuple[str, Any]:
+    """The place in words and its value. msgspec names no keys of free objects: ``[...]`` is one of them, which is found by
+    leaving out all others."""
+    where, value = "", data
+    for step in steps:
+        if step == "[...]":
+            key, everything = next(iter(value)), dict(value)
+            for key in everything:
+                value.clear()
+                value[key] = everything[key]
+                try:
+                    typed(data, ParityReport)
+                except ValueError:
+                    break
+            value.update(everything)
+            step, value = f".{key}", everything[key]
+        else:
+            value = value[int(step[1:-1])] if step[0] == "[" else value[step[1:]]
+        where += step
+    return where.removeprefix("."), value

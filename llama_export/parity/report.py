@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llama_export import __version__
+from llama_export._text import printable
 from llama_export.bundle import json_bytes, write_atomically, write_error
 from llama_export.errors import MissingDependencyError
 from llama_export.parity.diff import ReportDiff, StageDiff
@@ -152,7 +153,7 @@ def print_summary(report: ParityReport, console: Console) -> None:
     """
 
     def text(plain: str, verdict: str = "") -> Text:
-        return Text(clean(plain), STYLES.get(verdict, ""))
+        return Text(printable(clean(plain)), STYLES.get(verdict, ""))
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     metrics = [stage.tolerance.metric for stage in report.stages if stage.tolerance]
@@ -191,7 +192,7 @@ def print_diff(diff: ReportDiff, console: Console) -> None:
     """
 
     def text(plain: str, style: str = "") -> Text:
-        return Text(clean(plain), style)
+        return Text(printable(clean(plain)), style)
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     widths = {"stage": 0, "before": 7, "now": 7, "share": 8, "share now": 9, "growth": 8, "": 5}

@@ -9,17 +9,36 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal
+
+from llama_export._typed import Int64
 
 SCHEMA_VERSION = 1
 StageVerdict = Literal["pass", "fail", "not-run"]
+
+
+class NonFinite(Enum):
+    """The numbers that JSON has no literals for, as strings."""
+
+    NAN = "nan"
+    INFINITY = "inf"
+    MINUS_INFINITY = "-inf"
+
+
+if TYPE_CHECKING:
+    Number = float
+    Numbers = Sequence[float]
+else:  # what a report in JSON holds in these places; ``reading`` makes floats of it
+    Number = Int64 | float | NonFinite
+    Numbers = tuple[Number, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
     """The limit a stage is held to."""
 
-    value: float
+    value: Number
     """Largest allowed value of the stage's ``metric``."""
     metric: str
     """The key of ``metrics`` that is compared with ``value``."""
@@ -32,28 +51,28 @@ class WorstElement:
     """The element with the largest error of a stage."""
 
     tensor: str
-    layer: int | None
-    index: tuple[int, ...]
-    got: float
-    want: float
+    layer: Int64 | None
+    index: tuple[Int64, ...]
+    got: Number
+    want: Number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopLogit:
     """One of a position's first choices, on one side."""
 
-    token: int
+    token: Int64
     """Token id, or the index of a label."""
     text: str | None
     """What the token adds to a text, or the label's name; None where the bundle has no names."""
-    logit: float
+    logit: Number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopChoices:
     """The largest logits of one position on both sides, the largest first."""
 
-    position: int
+    position: Int64
     """Counted along the compared logits, from 0; without a head's padding."""
     where: str
     """In words: ``end of the prompt``, ``decode step 3``, ``largest error``."""
@@ -65,12 +84,12 @@ class TopChoices:
 class LogitsSample:
     """Some of a stage's logits, to look at. Columns of equal length: one entry is one logit. No verdict depends on it."""
 
-    compared: int
+    compared: Int64
     """How many logits the sample was taken from."""
-    positions: tuple[int, ...]
-    tokens: tuple[int, ...]
-    got: tuple[float, ...]
-    want: tuple[float, ...]
+    positions: tuple[Int64, ...]
+    tokens: tuple[Int64, ...]
+    got: tuple[Number, ...]
+    want: tuple[Number, ...]
     top: tuple[TopChoices, ...]
 
 
@@ -83,11 +102,11 @@ class Stage:
     verdict: StageVerdict
     reason: str
     """One sentence: what was compared, or why it failed or did not run."""
-    metrics: Mapping[str, float | int | str | Sequence[float]] = field(default_factory=dict)
+    metrics: Mapping[str, float | Int64 | str | Numbers] = field(default_factory=dict)
     tolerance: Tolerance | None = None
     worst: WorstElement | None = None
-    seconds: float = 0.0
-    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    seconds: Number = 0.0
+    series: Mapping[str, Numbers] = field(default_factory=dict)
     """Per-step values for the plots, e.g. the error of each decode step."""
     first_divergence: Mapping[str, Any] | None = None
     """Of a failed stage, where it is known: ``layer``, ``op``, ``node``, ``tensor`` and ``error``."""

@@ -330,5 +330,5 @@ def _compared(name: str, got: Tensor, want: Any) -> Difference:
     return difference([(name, to_numpy(got), to_numpy(_tensor(want)))])
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype) -> Any:
     return str(dtype).removeprefix("torch.")

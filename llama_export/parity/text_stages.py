@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_export._files import open_regular
 from llama_export.bundle import Bundle
 from llama_export.errors import ConfigError, MissingDependencyError
 from llama_export.parity.judge import (
@@ -115,7 +116,7 @@ def read_text(path: Path, bundle: Bundle) -> Text:
 
 def _read(path: Path) -> str:
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             data = stream.read(_READ_BYTES)
     except OSError as err:
         raise _unusable("cannot be read", path, err.strerror or err, "UTF-8 text") from err

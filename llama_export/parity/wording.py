@@ -132,6 +132,7 @@ def code(text: object) -> str:
 
 
 def prose(text: object) -> str:
-    """Markdown text in which nothing is markup."""
+    """Markdown text in which nothing is markup, and nothing a mention: after a zero-width space, ``@`` notifies nobody
+    and ``#`` links to no issue."""
     plain = html.escape(" ".join(in_words(text).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", plain)
+    return re.sub(r"[@#]", r"\g<0>&#8203;", re.sub(r"([\\`*_\[\]|~])", r"\\\1", plain))

@@ -1,46 +1,35 @@
 """A conversation to the text a chat model was trained on, by the checkpoint's own Jinja template.
 
-The contract is Hugging Face's: https://huggingface.co/docs/transformers/chat_templating (variables, filters, options) and
-https://jinja.palletsprojects.com/en/stable/sandbox/. A template is a program in a file that somebody made: it runs in
-Jinja's immutable sandbox, and what Python's memory and time would not survive (``'a' * 10**9``, doubled strings, loops in
-loops) ends in an error. The limits hold per operation and per rendering; they are no proof against every waste.
+The contract is Hugging Face's: https://huggingface.co/docs/transformers/chat_templating. A template is a program in a file
+that somebody made. It runs in Jinja's immutable sandbox, in a process of its own (``template_worker.py``) that has limits
+on its time, its memory and the length of its text: a limit inside this interpreter could not hold.
 """
 
 from __future__ import annotations
 
-import functools
+import atexit
+import contextlib
+import importlib.util
 import json
+import os
+import pickle
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from datetime import datetime
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from string import Formatter
 from typing import Any, NoReturn
-
-from jinja2 import Template, nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
-from jinja2.ext import Extension
-from jinja2.ext import loopcontrols as LoopControls
-from jinja2.parser import Parser
-from jinja2.runtime import Context, Undefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
 
 from llama_export._files import read_small
 from llama_export.config import load_json_object
-from llama_export.errors import ConfigError
+from llama_export.errors import ConfigError, ToolchainError
 
 MAX_CHARACTERS = 2**23
-"""Longest text, and largest value, a template may make: a conversation of 128k tokens is a tenth of it."""
-MAX_SECONDS = 10.0
+"""Longest text a template may make: a conversation of 128k tokens is a tenth of it."""
+MAX_SECONDS = 5.0
 """Longest rendering; an ordinary one takes a millisecond."""
-MAX_BITS = 4096
-"""Of an integer."""
 MAX_TEMPLATE_BYTES = 2**20
 """Largest ``chat_template.jinja``; the longest published ones have some 30 kB."""
 _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -61,7 +50,6 @@ class ChatTemplate:
     """``bos_token``, ``eos_token``, ... -> their text: variables of the template."""
     name: str | None = None
     """The template to use; None: ``tool_use`` where there are tools and one of that name, else ``default``."""
-    _compiled: dict[str, Template] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_folder(cls, folder: Path, name: str | None = None) -> ChatTemplate:
@@ -89,7 +77,9 @@ class ChatTemplate:
                 hint=_NO_TEMPLATE_HINT,
             )
         found = cls(file=file, templates=_named(stated, file), tokens=_tokens(config, folder), name=name)
-        found._template(None)
+        source = found._source(None)
+        if "failed" in (reply := _RENDERER.ask(source, None)):
+            raise found._error(reply)
         return found
 
     def render(
@@ -115,7 +105,7 @@ class ChatTemplate:
             ConfigError: messages of another form; the template refuses the conversation, fails, or does what no template
                 may do.
         """
-        template = self._template(tools)
+        source = self._source(tools)
         given = {
             **self.tokens,
             **{key: _plain(value, key) for key, value in variables.items()},
@@ -124,20 +114,12 @@ class ChatTemplate:
             "documents": None if documents is None else _checked_objects(documents, "documents"),
             "add_generation_prompt": bool(add_generation_prompt),
         }
-        reset = _DEADLINE.set(time.monotonic() + MAX_SECONDS)
-        pieces, length = [], 0
-        try:
-            for piece in template.generate(given):
-                length += len(piece)
-                _check(length)
-                pieces.append(piece)
-        except Exception as err:
-            raise self._error(err) from err
-        finally:
-            _DEADLINE.reset(reset)
-        return "".join(pieces)
+        reply = _RENDERER.ask(source, given)
+        if "text" not in reply:
+            raise self._error(reply)
+        return str(reply["text"])
 
-    def _template(self, tools: object) -> Template:
+    def _source(self, tools: object) -> str:
         name = self.name or ("tool_use" if tools is not None and "tool_use" in self.templates else "default")
         if name not in self.templates:
             raise ConfigError(
@@ -145,60 +127,131 @@ class ChatTemplate:
                 details={"file": self.file, "templates": ", ".join(sorted(self.templates))[:200]},
                 hint="choose one of those",
             )
-        if name not in self._compiled:
-            try:
-                self._compiled[name] = _Sandbox().from_string(self.templates[name])
-            except TemplateSyntaxError as err:
-                raise ConfigError(
-                    "the chat template has a syntax error",
-                    details={"file": self.file, "template": name, "line": err.lineno, "reason": err.message},
-                    hint="restore the file from its source",
-                ) from err
-            except Exception as err:  # nested too deep for Jinja, or for the Python that it makes
-                raise ConfigError(
-                    "the chat template cannot be compiled",
-                    details={"file": self.file, "template": name, "reason": f"{type(err).__name__}: {str(err)[:200]}"},
-                    hint="restore the file from its source",
-                ) from err
-        return self._compiled[name]
+        return self.templates[name]
 
-    def _error(self, err: Exception) -> ConfigError:
-        """What stopped the rendering, as a sentence."""
-        details = {"file": self.file, **({"line": line} if (line := _line(err)) else {})}
-        if isinstance(err, _Raised):
+    def _error(self, reply: Mapping[str, Any]) -> ConfigError:
+        """What stopped the compilation or the rendering, as a sentence."""
+        details = {"file": self.file, **({"line": reply["line"]} if reply["line"] else {}), "reason": reply["reason"]}
+        if reply["failed"] == "refused":
+            del details["reason"]
             return ConfigError(
-                f"the chat template refuses this conversation: {str(err)[:500]}",
+                f"the chat template refuses this conversation: {reply['reason']}",
                 details=details,
                 hint="change the order or the roles of the messages as it asks",
             )
-        details["reason"] = f"{type(err).__name__}: {str(err)[:300]}"
-        if isinstance(err, _LimitError | OverflowError | MemoryError | RecursionError):
-            return ConfigError(
-                "the chat template takes more time or memory than a template may",
-                details={**details, "limits": f"{MAX_CHARACTERS:,} characters, {MAX_SECONDS:g} s"},
-                hint="do not trust this checkpoint, or shorten the conversation if that is what is long",
-            )
-        if isinstance(err, SecurityError):
-            return ConfigError(
-                "the chat template tries what no template may do, and was stopped",
-                details=details,
-                hint="do not trust this checkpoint: a template has no business with Python's internals or its input",
-            )
-        return ConfigError(
-            "the chat template cannot render this conversation",
-            details=details,
-            hint="does the template know these roles and this kind of content? Else restore it from its source",
+        if reply["failed"] == "limit":
+            details["limits"] = f"{MAX_CHARACTERS:,} characters, {MAX_SECONDS:g} s, 512 MiB of memory"
+        message, hint = _FAILURES[reply["failed"]]
+        return ConfigError(message, details=details, hint=hint)
+
+
+_RESTORE = "restore the file from its source"
+_FAILURES = {
+    "syntax": ("the chat template has a syntax error", _RESTORE),
+    "compile": ("the chat template cannot be compiled", _RESTORE),
+    "limit": (
+        "the chat template takes more time or memory than a template may",
+        "do not trust this checkpoint, or shorten the conversation if that is what is long",
+    ),
+    "forbidden": (
+        "the chat template tries what no template may do, and was stopped",
+        "do not trust this checkpoint: a template has no business with Python's internals or its input",
+    ),
+    "other": (
+        "the chat template cannot render this conversation",
+        "does the template know these roles and this kind of content? Else restore it from its source",
+    ),
+}
+"""What a worker's reply names -> the message and the hint."""
+
+
+# ---- the process that renders -----------------------------------------------------------------------------------
+
+
+class _Renderer:
+    """One process, started when it is first needed. Threads use it one after the other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, source: str, variables: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Renders a template, or compiles it where ``variables`` is None; see ``template_worker``.
+
+        Raises:
+            ToolchainError: no second interpreter can be started.
+        """
+        request = pickle.dumps((source, variables, MAX_CHARACTERS))
+        with self._lock:
+            process = self._process = self._process or self._start()
+            timer = threading.Timer(MAX_SECONDS, process.kill)
+            timer.start()
+            try:
+                return self._exchange(process, request)
+            except (OSError, EOFError):  # it was killed, or it ran out of memory altogether
+                self.stop()
+                return {"failed": "limit", "line": None, "reason": "the process that renders it was ended"}
+            except BaseException:  # an interrupt: the reply that is still to come belongs to nobody
+                self.stop()
+                raise
+            finally:
+                timer.cancel()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+        folders = {str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin}
+        worker = str(Path(__file__).with_name("template_worker.py"))
+        reason: object = "it ended at once"
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", worker, *sorted(folders)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+            if process.stdout is not None and len(process.stdout.read(8)) == 8:
+                return process
+            process.kill()
+            process.communicate()
+        except (OSError, TypeError) as err:
+            reason = err
+        raise ToolchainError(
+            "chat templates are rendered by a second Python interpreter, which cannot be started",
+            details={"interpreter": sys.executable, "reason": reason},
+            hint="use `run`, or the Python API with token ids, which need no template",
         )
 
+    @staticmethod
+    def _exchange(process: subprocess.Popen[bytes], request: bytes) -> dict[str, Any]:
+        if process.stdin is None or process.stdout is None:
+            raise EOFError
+        process.stdin.write(len(request).to_bytes(8, "little") + request)
+        process.stdin.flush()
+        header = process.stdout.read(8)
+        reply = process.stdout.read(int.from_bytes(header, "little"))
+        if len(header) < 8 or len(reply) < int.from_bytes(header, "little"):
+            raise EOFError
+        return dict(json.loads(reply))
 
-def _line(err: BaseException) -> int | None:
-    """The innermost line of the template that an error went through."""
-    line, trace = None, err.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<template>":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
+    def stop(self) -> None:
+        """Ends the process; the next request starts another one."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(OSError):  # what was not written yet
+                        stream.close()
+            process.wait()
+
+    def forget(self) -> None:
+        """After a fork: the process and the lock belong to the parent."""
+        if self._process is not None:
+            self._process.returncode = 0
+        self._lock, self._process = threading.Lock(), None
+
+
+_RENDERER = _Renderer()
+atexit.register(_RENDERER.stop)
+os.register_at_fork(after_in_child=_RENDERER.forget)
 
 
 # ---- what the checkpoint says -----------------------------------------------------------------------------------
@@ -314,276 +367,3 @@ def _refuse(message: str, got: object, expected: str) -> NoReturn:
         details={"got": repr(got)[:200], "expected": expected},
         hint="messages are objects with a role and a content",
     )
-
-
-# ---- the sandbox ------------------------------------------------------------------------------------------------
-
-
-class _Raised(TemplateError):
-    """The template's own ``raise_exception(...)``."""
-
-
-class _LimitError(Exception):
-    """More characters or seconds than a template may take."""
-
-
-_DEADLINE: ContextVar[float] = ContextVar("_DEADLINE", default=float("inf"))
-
-
-def _tick() -> None:
-    if time.monotonic() > _DEADLINE.get():
-        raise _LimitError("out of time")
-
-
-def _check(size: int) -> None:
-    _tick()
-    if size > MAX_CHARACTERS:
-        raise _LimitError("too many characters")
-
-
-def _size(value: object) -> int:
-    """Characters of a value written out: a part that is shared counts as often as it would appear. Stops at the limit."""
-    total, rest = 0, [value]
-    while rest and total <= MAX_CHARACTERS:
-        item = rest.pop()
-        if isinstance(item, str | bytes):
-            total += len(item)
-        elif isinstance(item, Mapping):
-            total += 2 * len(item)
-            rest += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple | set | frozenset):
-            total += 2 * len(item)
-            rest += item
-        elif isinstance(item, int):
-            total += 1 + item.bit_length() // 3
-        elif isinstance(item, range):
-            total += 6 * len(item)
-        else:
-            total += 8
-    return total
-
-
-class _Metered:
-    """An iterable that keeps an eye on the clock and on the size of what it has given."""
-
-    def __init__(self, items: Any) -> None:
-        self._items = items
-
-    def __iter__(self) -> Iterator[Any]:
-        total = 0
-        for item in self._items:
-            total += _size(item)
-            _check(total)
-            yield item
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-
-def _metered(value: Any) -> Any:
-    """A lazy iterator has no size before it is consumed."""
-    return iter(_Metered(value)) if isinstance(value, Iterator) else value
-
-
-_GROWING = {
-    *("center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "translate"),
-    *("indent", "wordwrap", "tojson", "batch", "slice", "round"),
-}
-"""Methods and filters whose result may be longer than all that goes in."""
-
-
-def _check_growth(name: str, values: Sequence[Any]) -> None:
-    """Refuses a method or filter whose result would be too large, before there is one.
-
-    Args:
-        name: of a method of Python's or a filter of Jinja's; those of one name do the same.
-        values: what it is called on, then its arguments.
-    """
-    sizes = [_size(value) for value in values]
-    _check(sum(sizes))
-    if name in _GROWING:
-        numbers = sum(abs(value) for value in values[1:] if isinstance(value, int))
-        _check(max(1, sizes[0]) * (1 + numbers + sum(sizes[1:])))
-    elif name == "replace" and len(values) >= 3:
-        _check(sizes[0] + str(values[0]).count(str(values[1])) * sizes[2])
-    elif name == "join":
-        many = [len(value) for value in values if isinstance(value, list | tuple | str)]
-        _check(sum(sizes) + functools.reduce(lambda a, b: a * b, many, 1))
-
-
-def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter of Jinja's within the limits. Its marks, of what Jinja passes first, come along."""
-    first = 1 if hasattr(function, "jinja_pass_arg") else 0
-
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        if name == "format":
-            _check_percent(args[0], args[1:] or kwargs)
-        _check_growth(name, [*args[first:], *kwargs.values()])
-        result = function(*(_metered(value) for value in args), **kwargs)
-        _check(_size(result))
-        return result
-
-    return guarded
-
-
-_WIDE = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(?:\*|\d{5,}|\d*\.(?:\*|\d{5,}))")
-
-
-def _check_percent(form: object, values: object) -> None:
-    if isinstance(form, str):
-        if _WIDE.search(form):
-            raise _LimitError("a field is too wide")
-        _check(len(form) + form.count("%") * _size(values))
-
-
-def _joined(parts: list[Any]) -> str:
-    """Jinja's ``~``."""
-    _check(_size(parts))
-    return "".join(map(str, parts))
-
-
-class _Limits(NodeTransformer):
-    """Puts the limits where Jinja has no hook: on every loop, and on ``~``."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - Jinja finds it by this name
-        self.generic_visit(node)
-        node.iter = _filtered(node.iter, "_metered")
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        parts = nodes.List(node.nodes, lineno=node.lineno, environment=node.environment)
-        return _filtered(parts, "_joined")
-
-
-def _filtered(node: Any, name: str) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=node.environment)
-
-
-class _Generator(CodeGenerator):
-    def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:  # noqa: N802
-        super().visit_Template(_Limits().visit(node), frame)
-
-
-class _GenerationTag(Extension):
-    """``{% generation %}...{% endgeneration %}`` marks what the assistant wrote, for training; here it is its content."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja's own attribute
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-class _Namespace(Namespace):
-    """Jinja's, which cannot print what it holds: that may be itself, or much."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a namespace has no attribute {name[:100]!r}")
-        super().__setitem__(name, value)
-
-    def __repr__(self) -> str:
-        return "<Namespace>"
-
-
-def _namespace(*args: Any, **kwargs: Any) -> _Namespace:
-    found = _Namespace()
-    for name, value in dict(*args, **kwargs).items():
-        found[name] = value
-    return found
-
-
-class _Dict:
-    """``dict`` for templates, without what else hangs on the class."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | str | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:  # fmt: skip
-    """JSON as it is; Jinja's own filter escapes it for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: object) -> NoReturn:
-    raise _Raised(str(message))
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _finalized(value: Any) -> Any:
-    """Every ``{{ value }}`` before it becomes text."""
-    if not isinstance(value, Undefined):
-        _check(_size(value))
-    return value
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja as Hugging Face sets it up, with limits, and deaf to no forbidden attribute.
-
-    Jinja answers ``''.__class__`` with an undefined value, which prints as nothing; here it is an error at once.
-    """
-
-    code_generator_class = _Generator
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-    concat = staticmethod(_joined)  # type: ignore[assignment]
-
-    def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, LoopControls], finalize=_finalized
-        )
-        self.filters = {
-            name: _guarded(name, function) for name, function in {**self.filters, "tojson": _tojson}.items()
-        }
-        self.filters.update(_metered=_Metered, _joined=_joined)
-        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        self.globals |= {"namespace": _namespace, "dict": _Dict()}
-        del self.globals["lipsum"]  # makes text out of nothing
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        raise SecurityError(f"attribute {attribute[:100]!r} of a {type(obj).__name__} is out of bounds")
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        numbers = [value for value in (left, right) if isinstance(value, int)]
-        if operator == "%":
-            _check_percent(left, right)
-        elif len(numbers) == 2 and operator in ("*", "**"):
-            bits = [max(1, value.bit_length()) for value in numbers]
-            if (sum(bits) if operator == "*" else bits[0] * abs(numbers[1])) > MAX_BITS:
-                raise _LimitError("too large a number")
-        elif operator == "*" and numbers:
-            _check((_size(left) + _size(right)) * max(1, *numbers, 1))
-        elif operator == "+" and not numbers:
-            _check(_size(left) + _size(right))
-        return super().call_binop(context, operator, left, right)
-
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        wrapped = super().wrap_str_format(value)
-        if wrapped is None:
-            return None
-
-        def checked(*args: Any, **kwargs: Any) -> str:
-            fields = [spec for _, name, spec, _ in Formatter().parse(value.__self__) if name is not None]
-            if any("{" in (spec or "") or re.search(r"\d{5,}", spec or "") for spec in fields):
-                raise _LimitError("a field is too wide")
-            _check(len(value.__self__) + len(fields) * (_size(args) + _size(kwargs)))
-            return wrapped(*args, **kwargs)
-
-        return checked
-
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - `self` may be a keyword
-        _tick()
-        owner = getattr(__obj, "__self__", None)
-        if isinstance(owner, str | bytes | int):
-            _check_growth(__obj.__name__, [owner, *args, *kwargs.values()])
-            args = tuple(_metered(value) for value in args)
-        return super().call(__context, __obj, *args, **kwargs)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_export._files import read_small
+from llama_export.config import MAX_TOKENIZER_BYTES
 from llama_export.errors import ConfigError
+
+_HINT = "copy the checkpoint's own again, or give token ids instead: --tokens 1,2,3"
 
 
 class TextCodec:
-    """The tokenizer of a bundle.
+    """The tokenizer of a bundle. Settings for padding and truncation in its file are ignored: a prompt is what it is.
 
     Args:
         folder: bundle or checkpoint that holds ``tokenizer.json``.
 
     Raises:
-        ConfigError: it is missing or cannot be read.
+        ConfigError: it is missing, larger than ``config.MAX_TOKENIZER_BYTES`` or cannot be read. All methods raise it,
+            too, where the tokenizer library fails on this file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,13 +36,14 @@ class TextCodec:
                 hint="give token ids instead: --tokens 1,2,3",
             )
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as err:
+            raw = read_small(path, MAX_TOKENIZER_BYTES)
+        except OSError as err:
             raise ConfigError(
-                "`tokenizer.json` cannot be read",
-                details={"file": path, "reason": err},
-                hint="copy the checkpoint's own again, or give token ids instead: --tokens 1,2,3",
+                "`tokenizer.json` cannot be read", details={"file": path, "reason": err.strerror or err}, hint=_HINT
             ) from err
+        self._tokenizer = _call(Tokenizer.from_buffer, raw, file=path)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``, with the special tokens the tokenizer adds itself (a leading <s> in Llama) unless the
@@ -47,7 +53,7 @@ class TextCodec:
             ConfigError: the text holds half of a surrogate pair.
         """
         _check_unicode(text)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int] = _call(self._tokenizer.encode, text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_with_offsets(self, text: str, pair: str | None = None) -> Encoding:
@@ -58,23 +64,41 @@ class TextCodec:
         """
         for part in (text, pair or ""):
             _check_unicode(part)
-        found = self._tokenizer.encode(text, pair)
+        found = _call(self._tokenizer.encode, text, pair)
         return Encoding(list(found.ids), list(found.offsets), list(found.sequence_ids), list(found.tokens))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
-        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        text: str = _call(self._tokenizer.decode, list(tokens), skip_special_tokens=True)
         return text
 
     def text_of(self, token: int) -> str:
         """What one token adds to a text, its leading space included; a special token's name."""
-        once, twice = (self._tokenizer.decode([token] * count, skip_special_tokens=False) for count in (1, 2))
+        once, twice = (_call(self._tokenizer.decode, [token] * count, skip_special_tokens=False) for count in (1, 2))
         added: str = twice[len(once) :]  # the first token of a text may lose its space
         return added
 
     def stream(self, stop: Sequence[str] = ()) -> StopStream:
         """A decoder for tokens that arrive one by one, whose text ends before the first of ``stop``."""
         return StopStream(TextStream(self._tokenizer), stop)
+
+
+def _call(function: Callable[..., Any], *arguments: Any, file: Path | None = None, **settings: Any) -> Any:
+    """Calls the tokenizer library. A panic of its Rust code is not an ``Exception``, and comes from a damaged file too.
+
+    Raises:
+        ConfigError: the library fails, whatever it raises.
+    """
+    try:
+        return function(*arguments, **settings)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as err:
+        raise ConfigError(
+            "the tokenizer fails on this text" if file is None else "`tokenizer.json` cannot be read",
+            details={**({} if file is None else {"file": file}), "reason": f"{type(err).__name__}: {err}"},
+            hint=_HINT,
+        ) from err
 
 
 def _check_unicode(text: str) -> None:
@@ -138,8 +162,8 @@ class TextStream:
         return piece
 
     def _new_text(self) -> str:
-        before: str = self._tokenizer.decode(self._shown, skip_special_tokens=True)
-        after: str = self._tokenizer.decode(self._shown + self._pending, skip_special_tokens=True)
+        before: str = _call(self._tokenizer.decode, self._shown, skip_special_tokens=True)
+        after: str = _call(self._tokenizer.decode, self._shown + self._pending, skip_special_tokens=True)
         return after[len(before) :]
 
 
