@@ -19,6 +19,7 @@ from llama_export._process import available_memory, trim_heap
 from llama_export.bundle import Bundle
 from llama_export.config import count_parameters
 from llama_export.errors import ConfigError, MissingDependencyError, ToolchainError, numbered
+from llama_export.graph_check import check_graph
 
 Device = Literal["cpu", "cuda"]
 
@@ -54,6 +55,7 @@ def open_graph(
         device: what computes.
 
     Raises:
+        ArtifactMismatchError: no export makes such a graph: see :mod:`llama_export.graph_check`.
         ConfigError: the bundle has no such variant, or it is to run on CUDA.
         MissingDependencyError: no onnxruntime.
         ToolchainError: onnxruntime cannot open the graph, or has no such device; its message is attached.
@@ -65,6 +67,7 @@ def open_graph(
     if device == "cuda":
         return _open_on_cuda(onnxruntime, bundle, threads, variant)
     path = bundle.onnxruntime_path if variant is None else bundle.variant_path(variant)
+    check_graph(bundle, path)
     options = _session_options(onnxruntime, threads)
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False  # of the arena; one for every shape that ever came
@@ -94,6 +97,7 @@ def _open_on_cuda(onnxruntime: Any, bundle: Bundle, threads: int | None, variant
             details={"got": f"{variant} on CUDA", "bundle": bundle.folder},
             hint="leave --quantize out, or choose the backend `onnxruntime`",
         )
+    check_graph(bundle, bundle.model_path)
     session = None
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         onnxruntime.preload_dlls(directory="")  # CUDA's libraries from their own wheels, where those are installed
@@ -140,7 +144,7 @@ _CUDA_OPTIONS = {
 
 def _session_options(onnxruntime: Any, threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # it would write errors, in colours and with names from the file, to standard error
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
