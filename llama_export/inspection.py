@@ -14,6 +14,7 @@ from llama_export import plugins
 from llama_export._tensorrt import execution_blocker, load_backend, message_log
 from llama_export.checkpoint import DTYPE_BYTES
 from llama_export.engine_check import inspect_engine
+from llama_export.engine_sidecar import EngineSidecar, EngineTensor
 from llama_export.engine_spec import MAX_LOGITS, rebuild_command
 from llama_export.errors import LlamaExportError
 
@@ -38,42 +39,42 @@ def describe_engine(path: Path) -> dict[str, Any]:
     """
     sidecar = inspect_engine(path)
     return {
-        **sidecar,
+        **sidecar.to_json(),
         "memory": device_memory(sidecar),
         "rebuild": rebuild_command(sidecar, path.parent.parent),
         "loaded": _loaded(path, sidecar),
     }
 
 
-def device_memory(sidecar: Mapping[str, Any]) -> dict[str, int]:
+def device_memory(sidecar: EngineSidecar) -> dict[str, int]:
     """Bytes that a session keeps on the device, activations aside: TensorRT alone knows those."""
-    batch = sidecar["max_batch"]
-    cache = sum(_nbytes(entry, batch) for entry in sidecar["io"] if entry["alias_of"] is not None)
-    logits = next((entry for entry in sidecar["io"] if entry["name"] == "logits"), None)
-    wanted = min(MAX_LOGITS, sidecar["max_seq_len"]) if sidecar["kv_cache_capacity"] else sidecar["max_seq_len"]
+    batch = sidecar.max_batch
+    cache = sum(_nbytes(entry, batch) for entry in sidecar.io if entry.alias_of is not None)
+    logits = next((entry for entry in sidecar.io if entry.name == "logits"), None)
+    wanted = min(MAX_LOGITS, sidecar.max_seq_len) if sidecar.kv_cache_capacity else sidecar.max_seq_len
     return {
-        "engine": sidecar["bytes"],
-        "weights_outside_the_engine": sidecar["weights"]["bytes"],
+        "engine": sidecar.bytes,
+        "weights_outside_the_engine": sidecar.weights.bytes,
         "kv_cache_per_row": cache // batch,
         "kv_cache_at_max_batch": cache,
         "largest_logits": 0 if logits is None else _nbytes(logits, batch, wanted),
     }
 
 
-def _nbytes(entry: Mapping[str, Any], batch: int, other: int = 1) -> int:
-    dims = [dim if isinstance(dim, int) else batch if dim == "batch_size" else other for dim in entry["shape"]]
-    return math.prod(dims) * _ITEM_BYTES[entry["dtype"]]
+def _nbytes(entry: EngineTensor, batch: int, other: int = 1) -> int:
+    dims = [dim if isinstance(dim, int) else batch if dim == "batch_size" else other for dim in entry.shape]
+    return math.prod(dims) * _ITEM_BYTES[entry.dtype]
 
 
-def _loaded(path: Path, sidecar: Mapping[str, Any]) -> dict[str, Any]:
+def _loaded(path: Path, sidecar: EngineSidecar) -> dict[str, Any]:
     """The engine inspector's word. Not run on a GPU yet."""
-    blocker = execution_blocker(sidecar["backend"])
+    blocker = execution_blocker(sidecar.backend)
     if blocker is not None:
         return {"not_run": blocker}
     try:
-        trt = load_backend(sidecar["backend"])
+        trt = load_backend(sidecar.backend)
         messages = message_log(trt)
-        if sidecar["plugin_library"] is not None:
+        if sidecar.plugin_library is not None:
             plugins.register_library(trt, plugins.find_library())
         engine = trt.Runtime(messages).deserialize_cuda_engine(path.read_bytes())
         if engine is None:
