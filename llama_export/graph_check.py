@@ -126,6 +126,8 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _ONE, _MANY = ((_BYTES,), False), ((_BYTES,), True)
 _INT, _FLOAT = ((_VARINT,), False), ((_FIXED32,), False)
 _INTS, _FLOATS, _DOUBLES = ((_VARINT, _BYTES), True), ((_FIXED32, _BYTES), True), ((_FIXED64, _BYTES), True)
+_PACKED = {_FIXED32: 4, _FIXED64: 8}
+"""Bytes of a number in a packed field."""
 _Schema = Mapping[int, tuple[tuple[int, ...], bool]]
 """Field number -> wire types that it may have, and whether it may stand more than once."""
 
@@ -158,6 +160,16 @@ _ENTRY: _Schema = {1: _ONE, 2: _ONE}
 """key, value"""
 _VALUE: _Schema = {1: _ONE, 2: _ONE, 3: _ONE, 4: _MANY}
 """name, type, doc_string, metadata_props"""
+_OPSET: _Schema = {1: _ONE, 2: _INT}
+"""domain, version"""
+_TYPE: _Schema = {1: _ONE, 6: _ONE}
+"""tensor_type, denotation"""
+_TENSOR_TYPE: _Schema = {1: _INT, 2: _ONE}
+"""elem_type, shape"""
+_SHAPE: _Schema = {1: _MANY}
+"""dim"""
+_DIMENSION: _Schema = {1: _INT, 2: _ONE, 3: _ONE}
+"""dim_value, dim_param, denotation"""
 
 
 def _varint(data: Buffer, at: int, end: int) -> tuple[int, int]:
@@ -299,8 +311,10 @@ def _tensor(data: Buffer, at: int, end: int) -> _Tensor:
             location = begin
         elif number in (4, 5, 7, 10, 11):
             typed_bytes += 1 if stop < 0 else stop - begin
-            if number == 7 and len(integers) <= 16:
-                integers += _integers(data, begin, stop)[:17]
+            numbers = _integers(data, begin, stop) if number in (5, 7, 11) else []
+            integers += numbers[:17] if number == 7 and len(integers) <= 16 else []
+        elif number == 16:
+            _skipped_entry(data, begin, stop)
     where = f"tensor `{name}`"
     if dtype not in _ITEM_BYTES:
         raise _Refused(where, f"data type {dtype}", f"one of {sorted(_ITEM_BYTES)}")
@@ -332,6 +346,12 @@ def _entry(data: Buffer, at: int, end: int) -> tuple[str, str]:
     for number, begin, stop in _fields(data, at, end, _ENTRY, "key and value"):
         texts[number] = _text(data, begin, stop)
     return texts[1], texts[2]
+
+
+def _skipped_entry(data: Buffer, at: int, end: int) -> None:
+    """A key and value of the metadata, which are read by nobody here."""
+    for _ in _fields(data, at, end, _ENTRY, "key and value"):
+        pass
 
 
 def _attribute(data: Buffer, at: int, end: int) -> _Known | None:
@@ -376,12 +396,20 @@ def _node(data: Buffer, at: int, end: int) -> _Node:
             domain = _text(data, begin, stop)
         elif number == 3:
             _text(data, begin, stop)
+        elif number == 9:
+            _skipped_entry(data, begin, stop)
     if domain not in ("", "ai.onnx"):
         op = f"{domain}::{op}"
     return _Node(op, inputs, outputs, (known or _Known(0)) if op == "Constant" else None)
 
 
-def _function(data: Buffer, at: int, end: int) -> _Function:
+def _opset(data: Buffer, at: int, end: int) -> None:
+    for number, begin, stop in _fields(data, at, end, _OPSET, "opset"):
+        if number == 1:
+            _text(data, begin, stop)
+
+
+def _function(data: Buffer, at: int, end: int, types: set[bytes]) -> _Function:
     name = domain = ""
     inputs: list[str] = []
     outputs: list[str] = []
@@ -393,6 +421,14 @@ def _function(data: Buffer, at: int, end: int) -> _Function:
             domain = _text(data, begin, stop)
         elif number in (4, 5):
             (inputs if number == 4 else outputs).append(_text(data, begin, stop))
+        elif number == 6:
+            _text(data, begin, stop)
+        elif number == 9:
+            _opset(data, begin, stop)
+        elif number == 12:
+            _value_name(data, begin, stop, types)
+        elif number == 14:
+            _skipped_entry(data, begin, stop)
         elif number == 7:
             nodes.append(_node(data, begin, stop))
         elif number == 11:
@@ -420,15 +456,20 @@ def _count(items: Sized, limit: int, what: str) -> None:
 def _check(bundle: Bundle, path: Path, data: Buffer, by_header: bool) -> None:
     graph: tuple[int, int] | None = None
     functions: dict[str, _Function] = {}
+    types: set[bytes] = set()  # hundreds of values have the same type
     for number, begin, stop in _fields(data, 0, len(data), _MODEL, "model"):
         if number == 7:
             graph = begin, stop
         elif number == 25:
-            function = _function(data, begin, stop)
+            function = _function(data, begin, stop, types)
             if function.name in functions:
                 raise _Refused(f"function `{function.name}`", "twice", "once")
             functions[function.name] = function
             _count(functions, 16, "functions")
+        elif number == 8:
+            _opset(data, begin, stop)
+        elif number == 14:
+            _skipped_entry(data, begin, stop)
     if graph is None:
         raise _Refused("the model", "no graph", "one")
     layers = bundle.config.num_hidden_layers
@@ -443,10 +484,12 @@ def _check(bundle: Bundle, path: Path, data: Buffer, by_header: bool) -> None:
             tensors.append(_tensor(data, begin, stop))
             _count(tensors, 64 + 32 * layers, "initializers")
         elif number in names:
-            names[number].append(_value_name(data, begin, stop))
+            names[number].append(_value_name(data, begin, stop, types))
             _count(names[number], 16 + 2 * layers, "inputs or outputs")
         elif number == 13:
-            _value_name(data, begin, stop)
+            _value_name(data, begin, stop, types)
+        elif number == 16:
+            _skipped_entry(data, begin, stop)
     interface = INTERFACES[bundle.task]
     expected = {11: interface.input_names(bundle.config), 12: interface.output_names(bundle.config)}
     for number, kind in ((11, "inputs"), (12, "outputs")):
@@ -461,12 +504,27 @@ def _check(bundle: Bundle, path: Path, data: Buffer, by_header: bool) -> None:
     _check_memory(nodes, {tensor.name: tensor.known for tensor in tensors}, functions)
 
 
-def _value_name(data: Buffer, at: int, end: int) -> str:
+def _value_name(data: Buffer, at: int, end: int, types: set[bytes]) -> str:
     name = ""
     for number, begin, stop in _fields(data, at, end, _VALUE, "value"):
         if number == 1:
             name = _text(data, begin, stop)
+        elif number == 2 and (raw := bytes(data[begin:stop])) not in types:
+            _check_type(raw)
+            types.add(raw)
+        elif number == 4:
+            _skipped_entry(data, begin, stop)
     return name
+
+
+def _check_type(raw: bytes) -> None:
+    """A tensor's dtype and dimensions; what they are is compared with the manifest by whoever runs the graph."""
+    for number, begin, stop in _fields(raw, 0, len(raw), _TYPE, "type"):
+        for part, first, last in _fields(raw, begin, stop, _TENSOR_TYPE, "tensor type") if number == 1 else ():
+            for _, low, high in _fields(raw, first, last, _SHAPE, "shape") if part == 2 else ():
+                for kind, left, right in _fields(raw, low, high, _DIMENSION, "dimension"):
+                    if kind == 2:
+                        _text(raw, left, right)
 
 
 def _check_places(bundle: Bundle, path: Path, tensors: Sequence[_Tensor], by_header: bool) -> None:
