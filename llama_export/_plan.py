@@ -177,7 +177,7 @@ def _plugin_records(plan: Buffer) -> tuple[list[_Record], list[str]]:
         while at >= 0 and strings[at + 1][0] in _FIELD_TYPES:
             kind, end = strings[at + 1]
             value = _bytes(plan, end, end + len(_FIELD_VALUE) + 12)
-            if value.startswith(_FIELD_VALUE) and len(value) == len(_FIELD_VALUE) + 12:
+            if value.startswith(_FIELD_VALUE):
                 fields[strings[at][0]] = struct.unpack_from(_FIELD_TYPES[kind], value, len(_FIELD_VALUE) + 8)[0]
             at -= 2
         # Now strings[at - 1 : at + 2] are op type, version, namespace.

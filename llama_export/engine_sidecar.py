@@ -85,7 +85,7 @@ class CreatedBy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSizes:
-    """The facts of the model that are shown; ``model`` holds all of the config."""
+    """The facts that ``model`` must hold, because they are shown."""
 
     num_hidden_layers: Count
     hidden_size: Count
@@ -141,15 +141,6 @@ class EngineSidecar:
     """Equal for two builds of one network; None where the plan could not be read."""
     build_seconds: float
 
-    @property
-    def sizes(self) -> ModelSizes:
-        """Of the model.
-
-        Raises:
-            ValueError: one is missing.
-        """
-        return typed(self.model, ModelSizes)
-
     def serves(self, compute_capability: str) -> bool:
         """Whether it runs on GPUs of this compute capability, as far as it was compiled for them."""
         later = self.forward_compatible and float(compute_capability) > float(self.compute_capabilities[0])
@@ -178,12 +169,27 @@ def read_sidecar(engine_path: Path) -> EngineSidecar:
             hint=REBUILD,
         )
     try:
+        _check_texts(data)
         sidecar = typed(data, EngineSidecar)
         typed(sidecar.model, ModelSizes)
-    except (ValueError, RecursionError) as err:
+    except ValueError as err:
         raise ArtifactMismatchError(
             f"the sidecar of `{engine_path.name}` lacks a field or holds a wrong one: {err}",
             details={"file": path},
             hint=REBUILD,
         ) from err
     return sidecar
+
+
+def _check_texts(data: object, depth: int = 0) -> None:
+    """All texts of a sidecar are names. What steers a terminal, or cannot be printed, is in none.
+
+    Raises:
+        ValueError: one that is not printable, or a document that is deeper than any sidecar.
+    """
+    if depth > 16:
+        raise ValueError("nested deeper than 16 levels")
+    if isinstance(data, str) and not data.isprintable():
+        raise ValueError(f"the text {data[:100]!r}")
+    for item in (*data.keys(), *data.values()) if isinstance(data, dict) else data if isinstance(data, list) else ():
+        _check_texts(item, depth + 1)

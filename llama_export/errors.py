@@ -44,7 +44,12 @@ class LlamaExportError(Exception):
         lines += [f"  {key + ':':<{width}} {value}" for key, value in self.details.items()]
         if self.hint:
             lines += ["", f"hint: {self.hint}"]
-        return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), "\n".join(lines))
+        return printable("\n".join(lines))
+
+
+def printable(text: str) -> str:
+    """A text with escapes in place of what steers a terminal or cannot be printed."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 _CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
