@@ -64,6 +64,8 @@ _EXTERNAL = 1
 _ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 """``TensorProto.DataType`` -> bytes of an element."""
 _STORED = {1: "float32", 10: "float16", 16: "bfloat16"}
+_PACKED_DTYPES = (1, 2)
+"""Of a quantised variant: scales are float32, all else is uint8."""
 _SCALARS = {1: "<f", 6: "<i", 7: "<q", 11: "<d"}
 """``TensorProto.DataType`` -> format of an element whose value matters here."""
 
@@ -71,7 +73,19 @@ Buffer = Any
 """bytes, or a memory map: both give an integer for an index and bytes for a slice."""
 
 
-def check_graph(bundle: Bundle, path: Path, *, by_header: bool = True) -> None:
+class ExternalTensor(NamedTuple):
+    """An initializer whose bytes are outside the graph, found to be right."""
+
+    name: str
+    dtype: int
+    """``onnx.TensorProto.DataType``"""
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+
+def check_graph(bundle: Bundle, path: Path, *, by_header: bool = True) -> list[ExternalTensor]:
     """Refuses a graph that no export of this bundle's config could have made.
 
     Args:
@@ -79,6 +93,9 @@ def check_graph(bundle: Bundle, path: Path, *, by_header: bool = True) -> None:
         path: of one of its graphs.
         by_header: every weight is the tensor of the same name in a file of the manifest. ``validate`` leaves this out: it
             reads weights itself, within their files, and finds a wrong one by its numbers.
+
+    Returns:
+        Where the weights are that the graph does not hold.
 
     Raises:
         ArtifactMismatchError: see the module. CheckpointError: the header of a weight file is damaged.
@@ -89,10 +106,9 @@ def check_graph(bundle: Bundle, path: Path, *, by_header: bool = True) -> None:
             if not 0 < size <= limit:
                 raise _Refused("the file", f"{size} bytes", f"1 to {limit} bytes for this config")
             if size <= 1 << 26:
-                _check(bundle, path, stream.read(size), by_header)
-            else:  # the weights are in it
-                with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                    _check(bundle, path, mapped, by_header)
+                return _check(bundle, path, stream.read(size), by_header)
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:  # the weights are in it
+                return _check(bundle, path, mapped, by_header)
     except _Refused as err:
         where, got, expected = err.args
         raise ArtifactMismatchError(
@@ -453,7 +469,7 @@ def _count(items: Sized, limit: int, what: str) -> None:
 # ---- the check --------------------------------------------------------------------------------------------------
 
 
-def _check(bundle: Bundle, path: Path, data: Buffer, by_header: bool) -> None:
+def _check(bundle: Bundle, path: Path, data: Buffer, by_header: bool) -> list[ExternalTensor]:
     graph: tuple[int, int] | None = None
     functions: dict[str, _Function] = {}
     types: set[bytes] = set()  # hundreds of values have the same type
@@ -500,8 +516,8 @@ def _check(bundle: Bundle, path: Path, data: Buffer, by_header: bool) -> None:
             )
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise _Refused("initializers", "one name twice", "each name once")
-    _check_places(bundle, path, tensors, by_header)
     _check_memory(nodes, {tensor.name: tensor.known for tensor in tensors}, functions)
+    return _checked_places(bundle, path, tensors, by_header)
 
 
 def _value_name(data: Buffer, at: int, end: int, types: set[bytes]) -> str:
@@ -527,12 +543,13 @@ def _check_type(raw: bytes) -> None:
                         _text(raw, left, right)
 
 
-def _check_places(bundle: Bundle, path: Path, tensors: Sequence[_Tensor], by_header: bool) -> None:
+def _checked_places(bundle: Bundle, path: Path, tensors: Sequence[_Tensor], by_header: bool) -> list[ExternalTensor]:
     """Every tensor outside the graph lies within its file, and where the header of a safetensors file says."""
     weights = {str(entry["file"]) for entry in bundle.manifest["weights"]}
     packed = {data for graph, data in map(variant_names, VARIANTS) if graph == path.name}
     headers: dict[str, dict[str, TensorEntry]] = {}
     sizes: dict[str, int] = {}
+    found: list[ExternalTensor] = []
     for tensor in tensors:
         place, where = tensor.external, f"tensor `{tensor.name}`"
         if not place:
@@ -542,6 +559,8 @@ def _check_places(bundle: Bundle, path: Path, tensors: Sequence[_Tensor], by_hea
         file, offset, length = place["location"], _decimal(place["offset"], where), _decimal(place["length"], where)
         if not is_plain_name(file) or (by_header and file not in weights | packed):
             raise _Refused(where, f"the file `{file}`", ", ".join(sorted(weights | packed)) or "no file")
+        if file in packed and tensor.dtype not in _PACKED_DTYPES:
+            raise _Refused(where, f"data type {tensor.dtype} in `{file}`", "uint8 or float32")
         if file not in sizes:
             sizes[file] = _size_of(bundle.folder / file, where)
         if offset + length > sizes[file]:
@@ -549,6 +568,7 @@ def _check_places(bundle: Bundle, path: Path, tensors: Sequence[_Tensor], by_hea
         if length != tensor.nbytes:
             expected = f"{tensor.nbytes} bytes for its dtype and shape {list(tensor.shape)}"
             raise _Refused(where, f"{length} bytes", expected)
+        found.append(ExternalTensor(tensor.name, tensor.dtype, tensor.shape, file, offset, length))
         if not by_header or file in packed:
             continue
         if file not in headers:
@@ -560,6 +580,7 @@ def _check_places(bundle: Bundle, path: Path, tensors: Sequence[_Tensor], by_hea
             raise _Refused(
                 where, f"{dtype} {list(tensor.shape)} at byte {offset}", f"as in the header of `{file}`: {stored}"
             )
+    return found
 
 
 def _size_of(path: Path, where: str) -> int:

@@ -81,13 +81,14 @@ def load(
     quantize: str | None = None,
     max_seq_len: int | None = None,
     threads: int | None = None,
+    read_weights: bool = False,
     ignore_hashes: bool = False,
 ) -> LLM:
     """Opens a bundle for generation.
 
     Args:
         bundle: folder that ``llama-export export`` made.
-        backend, engine, quantize, max_seq_len, threads: see :func:`open_session`.
+        backend, engine, quantize, max_seq_len, threads, read_weights: see :func:`open_session`.
         ignore_hashes: open the bundle although a file differs from its manifest.
 
     Raises:
@@ -97,8 +98,9 @@ def load(
     """
     opened = load_bundle(Path(bundle), ignore_hashes=ignore_hashes)
     session = open_session(
-        opened, backend=backend, engine=engine, quantize=quantize, max_seq_len=max_seq_len, threads=threads
-    )
+        opened, backend=backend, engine=engine, quantize=quantize, max_seq_len=max_seq_len, threads=threads,
+        read_weights=read_weights,
+    )  # fmt: skip
     return LLM(opened, session, TextCodec(opened.folder) if (opened.folder / "tokenizer.json").is_file() else None)
 
 
@@ -110,6 +112,7 @@ def open_session(
     quantize: str | None = None,
     max_seq_len: int | None = None,
     threads: int | None = None,
+    read_weights: bool = False,
     request_tokens: int = 1,
 ) -> CacheSession:
     """A session of one row, on the CPU or a GPU.
@@ -125,6 +128,8 @@ def open_session(
         max_seq_len: onnxruntime: tokens that a row can hold; default the model's, at most 4096, or ``request_tokens`` if
             that is more. An engine's is built in.
         threads: onnxruntime: CPU threads; default one per core.
+        read_weights: onnxruntime: read the weights into memory instead of mapping their files, for a folder that others may
+            write to: a mapped file that becomes shorter ends this process with a signal (SIGBUS).
         request_tokens: what the caller is going to ask for, if that is known.
 
     Raises:
@@ -133,8 +138,9 @@ def open_session(
         ArtifactMismatchError, MissingDependencyError, ShapeError, ToolchainError: see the sessions.
     """
     path, note = _chosen_engine(
-        bundle, backend, engine, request_tokens, quantize=quantize, max_seq_len=max_seq_len, threads=threads
-    )
+        bundle, backend, engine, request_tokens, quantize=quantize, max_seq_len=max_seq_len, threads=threads,
+        read_weights=read_weights or None,
+    )  # fmt: skip
     if path is not None:
         from llama_export.engine_session import EngineSession
 
@@ -142,7 +148,7 @@ def open_session(
     default = min(bundle.config.max_length, max(DEFAULT_MAX_SEQ_LEN, request_tokens))
     session = OnnxRuntimeSession(
         bundle, max_seq_len=default if max_seq_len is None else max_seq_len, threads=threads, variant=quantize,
-        device=_device_of(backend),
+        device=_device_of(backend), read_weights=read_weights,
     )  # fmt: skip
     session.note = "; ".join(filter(None, (note, session.note))) or None
     return session
@@ -154,21 +160,22 @@ def open_head_session(
     backend: RuntimeBackend = "auto",
     engine: str | Path | None = None,
     threads: int | None = None,
+    read_weights: bool = False,
 ) -> HeadSession:
     """A session of a head without a cache: classification, question answering, features.
 
     Args:
-        bundle, backend, engine, threads: see :func:`open_session`.
+        bundle, backend, engine, threads, read_weights: see :func:`open_session`.
 
     Raises:
         ConfigError, ArtifactMismatchError, MissingDependencyError, ToolchainError: see :func:`open_session`.
     """
-    path, note = _chosen_engine(bundle, backend, engine, 1, threads=threads)
+    path, note = _chosen_engine(bundle, backend, engine, 1, threads=threads, read_weights=read_weights or None)
     if path is not None:
         from llama_export.engine_session import EngineHeadSession
 
         return EngineHeadSession(bundle, path, note=note)
-    session = OnnxRuntimeHeadSession(bundle, threads=threads, device=_device_of(backend))
+    session = OnnxRuntimeHeadSession(bundle, threads=threads, device=_device_of(backend), read_weights=read_weights)
     session.note = "; ".join(filter(None, (note, session.note))) or None
     return session
 

@@ -9,6 +9,7 @@ import random
 import resource
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -427,6 +428,41 @@ def test_a_file_that_became_shorter_is_refused_before_it_is_mapped(bundle: Bundl
     os.truncate(bundle.folder / "model.onnxruntime.int4.data", 8192)
     with pytest.raises(ArtifactMismatchError, match="within the 8192 bytes"):
         OnnxRuntimeSession(bundle, max_seq_len=8, variant="int4")
+
+
+TRUNCATED_WHILE_OPEN = """
+import os, sys
+from pathlib import Path
+from llama_export.bundle import load_bundle
+from llama_export.llm import open_session
+folder, variant, read = Path(sys.argv[1]), sys.argv[2] or None, sys.argv[3] == "read"
+session = open_session(load_bundle(folder), backend="onnxruntime", quantize=variant, max_seq_len=16, read_weights=read)
+before = session.step([[1, 2, 3]])
+session.reset()
+for path in (*folder.glob("*.safetensors"), *folder.glob("*.data")):
+    os.truncate(path, 0)
+print((session.step([[1, 2, 3]]) == before).all())
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "variant", "code", "said"),
+    [("read", "", 0, "True"), ("read", "int4", 0, "True"), ("map", "", -signal.SIGBUS, "")],
+)
+def test_weights_that_were_read_outlive_their_files(
+    how: str, variant: str, code: int, said: str, bundle: Bundle
+) -> None:
+    """Where they are mapped, the process is killed: that is why there is a choice."""
+    argv = [sys.executable, "-c", TRUNCATED_WHILE_OPEN, bundle.folder, variant, how]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip()) == (code, said), done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_that_were_read_give_the_same_bits(dtype: str, tiny_bundles: dict[str, Bundle]) -> None:
+    sessions = [OnnxRuntimeSession(tiny_bundles[dtype], max_seq_len=8, read_weights=read) for read in (False, True)]
+    mapped, read = (session.step([[1, 2, 3]]) for session in sessions)
+    np.testing.assert_array_equal(mapped, read)
 
 
 def mutated(raw: bytes, rng: random.Random) -> bytes:
