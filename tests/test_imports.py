@@ -20,7 +20,7 @@ PACKAGE = Path(llama_export.__file__).parent
 ORDER = (
     ("__init__",),
     ("errors",),
-    ("_huge_pages", "_process", "_files", "_typed", "environment"),
+    ("_huge_pages", "_process", "_files", "_typed", "_onnx_bytes", "environment"),
     ("_commit",),
     ("config",),
     ("checkpoint", "kv_cache"),
@@ -62,6 +62,7 @@ BASE = (
     "graph_io",
     "checkpoint",
     "bundle",
+    "_onnx_bytes",
     "graph_check",
     "estimate",
     "environment",
