@@ -63,7 +63,6 @@ from llama_export.engine_network import check_network
 from llama_export.engine_sidecar import CreatedBy, EngineSidecar, PluginIdentity, Profiles
 from llama_export.engine_spec import (
     ATTENTION,
-    DOMAIN,
     engine_io,
     engine_name,
     engine_profiles,
@@ -89,7 +88,7 @@ from llama_export.errors import (
     numbered,
 )
 from llama_export.estimate import estimate_build
-from llama_export.graph_check import check_graph
+from llama_export.graph_check import DOMAIN, check_graph
 from llama_export.graph_io import INTERFACES
 from llama_export.kv_cache import CAPACITY
 

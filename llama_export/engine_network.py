@@ -15,7 +15,6 @@ from llama_export.bundle import Bundle
 from llama_export.engine_sidecar import EngineTensor
 from llama_export.engine_spec import (
     ATTENTION,
-    DOMAIN,
     MASKED_ATTENTION,
     engine_io,
     expected_layers,
@@ -23,6 +22,7 @@ from llama_export.engine_spec import (
     may_decompose,
 )
 from llama_export.errors import EngineBuildError, numbered
+from llama_export.graph_check import DOMAIN
 from llama_export.graph_io import INTERFACES
 from llama_export.kv_cache import cache_names, present_name
 

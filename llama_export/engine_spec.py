@@ -32,8 +32,6 @@ PREFILL, DECODE, TEXTS = "prefill", "decode", "texts"
 """Optimization profiles: the first two of a causal LM, the last of the heads without a cache."""
 
 
-DOMAIN = "llama_export"
-"""Of the graph's custom ops; must equal ``ops.DOMAIN``."""
 ATTENTION, MASKED_ATTENTION = "LlamaAttention", "LlamaMaskedAttention"
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.config import BACKENDS, RUNTIME_BACKENDS, RuntimeBackend
-from llama_export.errors import ConfigError
+from llama_export.errors import ConfigError, printable
 from llama_export.runtime.generation import FinishReason, TokenEvent, generate_steps
 from llama_export.runtime.graph import Device
 from llama_export.runtime.protocol import CacheSession, HeadSession
@@ -243,7 +243,7 @@ def _engine_of(bundle: Bundle, backend: RuntimeBackend, request_tokens: int) -> 
         built, key=lambda item: (gpu is not None and item[1].serves(gpu), item[1].max_seq_len, item[1].max_batch)
     )
     note = (
-        f"auto: using engine {path.name}, built by llama_export {sidecar.created_by.llama_export} with {sidecar.backend} "
+        f"auto: using engine {printable(path.name)}, built by llama_export {sidecar.created_by.llama_export} with {sidecar.backend} "
         f"{sidecar.backend_version}; loading an engine runs its code on the GPU, --backend onnxruntime does not"
     )
     return path, note if is_auto else None
