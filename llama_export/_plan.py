@@ -38,6 +38,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llama_export.checkpoint import TensorEntry
+from llama_export.engine_sidecar import EngineSidecar, EngineTensor
 from llama_export.kv_cache import present_name
 
 Buffer = Any
@@ -60,19 +62,19 @@ _DTYPE_FIELDS = {"float32": 0, "float16": 1, "bfloat16": 7}
 _TYPES = {"float32": "float", "float16": "half", "bfloat16": "bf16"}
 
 
-def _suffixes(sidecar: Mapping[str, Any]) -> dict[str, str]:
+def _suffixes(sidecar: EngineSidecar) -> dict[str, str]:
     """Profile -> what the plan appends to the names of its tensors."""
-    return {profile: f" [profile {index}]" if index else "" for index, profile in enumerate(sidecar["profiles"])}
+    return {profile: f" [profile {index}]" if index else "" for index, profile in enumerate(sidecar.profiles)}
 
 
-def is_readable(sidecar: Mapping[str, Any]) -> bool:
+def is_readable(sidecar: EngineSidecar) -> bool:
     """Whether the layout of this backend and version is known."""
-    prefix = _READABLE_PLANS.get(sidecar["backend"])
-    return prefix is not None and sidecar["backend_version"].startswith(prefix)
+    prefix = _READABLE_PLANS.get(sidecar.backend)
+    return prefix is not None and sidecar.backend_version.startswith(prefix)
 
 
 def read_plan(
-    plan: Buffer, sidecar: Mapping[str, Any], attributes: Mapping[str, Mapping[str, int | float]]
+    plan: Buffer, sidecar: EngineSidecar, attributes: Mapping[str, Mapping[str, int | float]]
 ) -> tuple[dict[str, Any], list[str]]:
     """What a plan says of itself, and how that differs from its sidecar.
 
@@ -88,17 +90,17 @@ def read_plan(
     """
     problems = []
     suffixes = _suffixes(sidecar)
-    for entry in sidecar["io"]:
+    for entry in sidecar.io:
         for profile, suffix in suffixes.items():
-            name = (entry["name"] + suffix).encode()
+            name = (entry.name + suffix).encode()
             if re.search(re.escape(len(name).to_bytes(8, "little") + name), plan) is None:
-                problems.append(f"the {profile} profile has no {entry['kind']} `{entry['name']}`")
+                problems.append(f"the {profile} profile has no {entry.kind} `{entry.name}`")
     graphs = list(_graph_texts(plan))
     main = [graph for graph in graphs if _line(graph, "tf32")]
-    caches = [entry for entry in sidecar["io"] if entry["alias_of"] is not None]
-    records, copies = _plugin_records(plan) if sidecar["plugin_layers"] else ([], [])
+    caches = [entry for entry in sidecar.io if entry.alias_of is not None]
+    records, copies = _plugin_records(plan) if sidecar.plugin_layers else ([], [])
     problems += _record_problems(records, sidecar, attributes)
-    if _ATTENTION in sidecar["plugin_layers"]:
+    if _ATTENTION in sidecar.plugin_layers:
         problems += [problem for graph in main for problem in _tf32_problems(graph, sidecar)]
         problems += _plugin_cache_problems(records, copies, caches, sidecar)
     elif not caches:
@@ -111,17 +113,17 @@ def read_plan(
                 problems.append(f"the {profile} profile has no graph that writes the cache")
             else:
                 problems += [f"{profile}: {problem}" for problem in _graph_problems(graph, caches, suffix, sidecar)]
-    weights = sidecar["weights"]["tensors"]
+    weights = sidecar.weights.tensors
     problems += _weight_problems(graphs, weights, sidecar)
-    targets = {name for graph in main for name in re.findall(r"sm(\d+)", _line(graph, "accelerators"))}
+    targets = {name for graph in main for name in re.findall(r"sm(\d{2,3})", _line(graph, "accelerators"))}
     forward = {_line(graph, "hardware_forward_compatibility") for graph in main}
     if not targets:
         problems.append("the plan names no GPU")
     capabilities = [f"{int(target) // 10}.{int(target) % 10}" for target in sorted(targets, key=int)]
     facts = {
-        "compute_capabilities": capabilities,
+        "compute_capabilities": tuple(capabilities),
         "forward_compatible": forward == {"1"},
-        "weights_copied_per_run": _copied_weights(graphs, {entry["name"] for entry in weights}),
+        "weights_copied_per_run": _copied_weights(graphs, {entry.name for entry in weights}),
         "compiled_graphs_sha256": hashlib.sha256("\0".join(sorted(graphs)).encode()).hexdigest(),
     }
     return facts, problems
@@ -203,12 +205,12 @@ def _dims(tail: bytes) -> tuple[int, ...]:
 
 
 def _record_problems(
-    records: Sequence[_Record], sidecar: Mapping[str, Any], attributes: Mapping[str, Mapping[str, int | float]]
+    records: Sequence[_Record], sidecar: EngineSidecar, attributes: Mapping[str, Mapping[str, int | float]]
 ) -> list[str]:
     """Which plugins the plan calls, how often, and with which attributes."""
     counts = Counter(record.op for record in records)
-    profiles = len(sidecar["profiles"])
-    expected = {op: count * profiles for op, count in sidecar["plugin_layers"].items()}
+    profiles = len(sidecar.profiles)
+    expected = {op: count * profiles for op, count in sidecar.plugin_layers.items()}
     problems = [
         f"{counts[op]} plugin layers {op} in {profiles} profiles, expected {expected.get(op, 0)}"
         for op in sorted({*counts, *expected})
@@ -216,7 +218,7 @@ def _record_problems(
     ]
     for record in records:
         got = dict(record.fields)
-        want = {**attributes.get(record.op, {}), "dtype": _DTYPE_FIELDS[sidecar["dtype"]]}
+        want = {**attributes.get(record.op, {}), "dtype": _DTYPE_FIELDS[sidecar.dtype]}
         if record.op in _WITH_WORKSPACE and record.op in attributes:
             workspace, least = got.pop("workspace_bytes", None), _query_bytes(record, sidecar, attributes[record.op])
             if workspace is None or workspace < least:
@@ -228,27 +230,27 @@ def _record_problems(
     return list(dict.fromkeys(problems))
 
 
-def _query_bytes(record: _Record, sidecar: Mapping[str, Any], attributes: Mapping[str, int | float]) -> int:
+def _query_bytes(record: _Record, sidecar: EngineSidecar, attributes: Mapping[str, int | float]) -> int:
     """Bytes of the largest rotated query of the record's profile, which the plugin's workspace holds among other things."""
     suffixes = _suffixes(sidecar)
     named = [
         profile for profile, suffix in suffixes.items() if suffix and any(n.endswith(suffix) for n, _ in record.before)
     ]
-    batch, tokens = sidecar["profiles"][named[0] if named else next(iter(suffixes))]["input_ids"][-1]
-    itemsize = 4 if sidecar["dtype"] == "float32" else 2
+    batch, tokens = sidecar.profiles[named[0] if named else next(iter(suffixes))]["input_ids"][-1]
+    itemsize = 4 if sidecar.dtype == "float32" else 2
     return int(batch * tokens * attributes["num_heads"] * attributes["head_dim"] * itemsize)
 
 
 def _plugin_cache_problems(
-    records: Sequence[_Record], copies: Sequence[str], caches: Sequence[Mapping[str, Any]], sidecar: Mapping[str, Any]
+    records: Sequence[_Record], copies: Sequence[str], caches: Sequence[EngineTensor], sidecar: EngineSidecar
 ) -> list[str]:
     """Every cache goes into and comes out of its own layer's plugin, with its shape, and nothing copies it."""
     problems = [f"`{copy}` copies a cache" for copy in copies if "past_key_values." in copy or "present." in copy]
     # The last strings before the op type: inputs 5 to 7, the three outputs, the layer's name, metadata.
     written = {record.before[-3][0]: record.before[-8:] for record in records if len(record.before) >= 8}
-    by_name = {entry["name"]: entry for entry in caches}
+    by_name = {entry.name: entry for entry in caches}
     for profile, suffix in _suffixes(sidecar).items():
-        for layer in range(sidecar["plugin_layers"][_ATTENTION]):
+        for layer in range(sidecar.plugin_layers[_ATTENTION]):
             names = [present_name(layer, part) for part in ("key", "value")]
             found = written.get(names[1] + suffix)
             if found is None:
@@ -259,11 +261,11 @@ def _plugin_cache_problems(
                 problems.append(f"{profile}: layer {layer} is written at `{past_length[0]}`")
             for past, present, name in zip((past_key, past_value), (present_key, present_value), names, strict=True):
                 entry = by_name[name]
-                if (past[0], present[0]) != (entry["alias_of"] + suffix, name + suffix):
-                    problems.append(f"{profile}: `{present[0]}` updates `{past[0]}`, expected `{entry['alias_of']}`")
+                if (past[0], present[0]) != (f"{entry.alias_of}{suffix}", name + suffix):
+                    problems.append(f"{profile}: `{present[0]}` updates `{past[0]}`, expected `{entry.alias_of}`")
                 for tensor, dims in (past, present):
-                    if list(dims[1:]) != entry["shape"][1:]:
-                        problems.append(f"{profile}: `{tensor}` is {list(dims)}, expected {entry['shape']}")
+                    if dims[1:] != entry.shape[1:]:
+                        problems.append(f"{profile}: `{tensor}` is {list(dims)}, expected {list(entry.shape)}")
     return problems
 
 
@@ -280,9 +282,7 @@ _PROFILE = re.compile(r"( \[profile \d+\])?\.1$")
 """What the plan appends to a tensor's name."""
 
 
-def _weight_problems(
-    graphs: Sequence[str], weights: Sequence[Mapping[str, Any]], sidecar: Mapping[str, Any]
-) -> list[str]:
+def _weight_problems(graphs: Sequence[str], weights: Sequence[TensorEntry], sidecar: EngineSidecar) -> list[str]:
     """Every weight is an input of every profile, with its shape and dtype."""
     if not weights:
         return []
@@ -294,14 +294,14 @@ def _weight_problems(
     problems = []
     for profile, suffix in _suffixes(sidecar).items():
         for entry in weights:
-            dims, dtype = tensors.get(f"{entry['name']}{suffix}.1", ([], "none"))
-            if dims != [str(dim) for dim in entry["shape"]] or dtype != _TYPES[entry["dtype"]]:
-                expected = f"{entry['dtype']} {entry['shape']}"
-                problems.append(f"{profile}: weight `{entry['name']}` is {dtype} {dims}, expected {expected}")
+            dims, dtype = tensors.get(f"{entry.name}{suffix}.1", ([], "none"))
+            if dims != [str(dim) for dim in entry.shape] or dtype != _TYPES[entry.dtype]:
+                expected = f"{entry.dtype} {list(entry.shape)}"
+                problems.append(f"{profile}: weight `{entry.name}` is {dtype} {dims}, expected {expected}")
     return problems
 
 
-def _copied_weights(graphs: Sequence[str], names: Collection[str]) -> list[str]:
+def _copied_weights(graphs: Sequence[str], names: Collection[str]) -> tuple[str, ...]:
     """Weights that a step reads which only moves data, sorted."""
     copied = set()
     for graph in graphs if names else ():
@@ -313,7 +313,7 @@ def _copied_weights(graphs: Sequence[str], names: Collection[str]) -> list[str]:
                 continue
             read = (views.get(name, name) for name in re.findall(r'"([^"]*)"', arguments))
             copied |= {name for name in (_PROFILE.sub("", item) for item in read) if name in names}
-    return sorted(copied)
+    return tuple(sorted(copied))
 
 
 # ---- graphs in text ---------------------------------------------------------------------------------------------
@@ -324,23 +324,21 @@ def _line(graph: str, key: str) -> str:
     return "" if match is None else match[1]
 
 
-def _graph_problems(
-    graph: str, caches: Sequence[Mapping[str, Any]], suffix: str, sidecar: Mapping[str, Any]
-) -> list[str]:
+def _graph_problems(graph: str, caches: Sequence[EngineTensor], suffix: str, sidecar: EngineSidecar) -> list[str]:
     """One compiled graph: TF32, and shape, dtype and place of every cache."""
     problems = _tf32_problems(graph, sidecar)
     tensors = {match[2]: (match[1].split(), match[3]) for match in _TENSOR_LINE.finditer(graph)}
     inputs, outputs = (re.findall(r'"([^"]*)"', _line(graph, key)) for key in ("inputs", "outputs"))
     for entry in caches:
-        name = f"{entry['name']}{suffix}.1"
+        name = f"{entry.name}{suffix}.1"
         dims, dtype = tensors.get(name, ([], "none"))
-        if dims[1:] != [str(dim) for dim in entry["shape"][1:]] or dtype != _TYPES[entry["dtype"]]:
-            problems.append(f"`{entry['name']}` is {dtype} {dims}, expected {entry['dtype']} {entry['shape']}")
+        if dims[1:] != [str(dim) for dim in entry.shape[1:]] or dtype != _TYPES[entry.dtype]:
+            problems.append(f"`{entry.name}` is {dtype} {dims}, expected {entry.dtype} {list(entry.shape)}")
         if name not in inputs or name not in outputs:
-            problems.append(f"`{entry['name']}` is not updated in place")
+            problems.append(f"`{entry.name}` is not updated in place")
     return problems
 
 
-def _tf32_problems(graph: str, sidecar: Mapping[str, Any]) -> list[str]:
-    tf32 = str(int(sidecar["settings"]["tf32"]))
+def _tf32_problems(graph: str, sidecar: EngineSidecar) -> list[str]:
+    tf32 = str(int(sidecar.settings.tf32))
     return [] if _line(graph, "tf32") == tf32 else [f"tf32 is {_line(graph, 'tf32')}, expected {tf32}"]

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from llama_export.bundle import Progress
-from llama_export.errors import MissingDependencyError, ToolchainError
+from llama_export.errors import ArtifactMismatchError, MissingDependencyError, ToolchainError
 
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx_bindings", "tensorrt": "tensorrt"}
 _RTX_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
@@ -241,9 +241,20 @@ class MappedWeights:
         self._thread: threading.Thread | None = None
 
     def addresses(self) -> Iterator[tuple[str, int, int]]:
-        """(name, address, bytes) of every external initializer; valid as long as this object."""
+        """(name, address, bytes) of every external initializer; valid as long as this object.
+
+        Raises:
+            ArtifactMismatchError: a place that is not within its file. The graph was checked before
+                (:mod:`llama_export.graph_check`); here an address is made of it, so it is checked again.
+        """
         bases = {name: np.frombuffer(mapped, np.uint8).ctypes.data for name, mapped in self._maps.items()}
         for name, (file, offset, length) in self._places.items():
+            if min(offset, length) < 0 or offset + length > len(self._maps[file]):
+                raise ArtifactMismatchError(
+                    f"the weight `{name}` does not lie within its file",
+                    details={"file": file, "got": f"{length} bytes from {offset}", "expected": len(self._maps[file])},
+                    hint="export again; do not use bundles from a source you do not trust",
+                )
             yield name, bases[file] + offset, length
 
     def __enter__(self) -> MappedWeights:

@@ -29,9 +29,9 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llama_export import __version__, plugins
 from llama_export._commit import commit, staging_folder
@@ -58,16 +58,15 @@ from llama_export.bundle import (
     write_atomically,
     write_error,
 )
-from llama_export.config import CUSTOM_OPS, EngineConfig
+from llama_export.config import CUSTOM_OPS, DType, EngineConfig, Task
 from llama_export.engine_network import check_network
+from llama_export.engine_sidecar import CreatedBy, EngineSidecar, PluginIdentity, Profiles
 from llama_export.engine_spec import (
     ATTENTION,
-    DOMAIN,
-    SCHEMA_VERSION,
-    Profiles,
     engine_io,
     engine_name,
     engine_profiles,
+    engine_settings,
     max_batch,
     may_decompose,
     plugin_attributes,
@@ -82,7 +81,6 @@ from llama_export.engine_weights import (
     weights_record,
 )
 from llama_export.errors import (
-    ArtifactMismatchError,
     ConfigError,
     EngineBuildError,
     MissingDependencyError,
@@ -90,6 +88,7 @@ from llama_export.errors import (
     numbered,
 )
 from llama_export.estimate import estimate_build
+from llama_export.graph_check import DOMAIN, check_graph
 from llama_export.graph_io import INTERFACES
 from llama_export.kv_cache import CAPACITY
 
@@ -144,17 +143,13 @@ def build_engine(
         ToolchainError: the backend is too old, has no GPU to build on, or this machine has not the disk or memory that the
             build needs (:mod:`llama_export.estimate`); or the plugin library is not
             installed, is not this package's, or does not serve an op of this model.
+        ArtifactMismatchError: no export makes such a graph: see :mod:`llama_export.graph_check`.
         EngineBuildError: the parser or builder refused, or made something else than the config implies. Nothing is left
             behind.
     """
     config = config or EngineConfig()
     capacity = resolve_capacity(bundle.config, config.max_seq_len)
-    target = bundle.folder / ENGINES_NAME / engine_name(bundle, config, capacity)
-    existing = [path.name for path in (target, target.with_suffix(".json")) if path.exists()]
-    if existing and not config.force:
-        raise ConfigError(
-            f"engine `{target.name}` exists", details={"got": ", ".join(existing)}, hint="pass --force to replace it"
-        )
+    target = _free_target(bundle, config, capacity)
     tensors = bundle_tensors(bundle) if config.weights != "constant" else []
     if config.weights == "input":
         require_stored_dtype(bundle, tensors)
@@ -162,10 +157,7 @@ def build_engine(
     _check_buildable(config)
     onnx = load_onnx(config.backend)
     plugin_ops = config.plugin_ops & bundle.ops
-    library = plugins.find_library() if plugin_ops else None
-    if library is not None:
-        for compute_capability in config.compute_capabilities:
-            plugins.check_chip(library, compute_capability)
+    library = _plugin_library(config) if plugin_ops else None
     estimate = estimate_build(bundle, config, log)
 
     start = time.perf_counter()
@@ -173,18 +165,18 @@ def build_engine(
         f"build: {config.backend} {trt.__version__}, {config.ops} ops, {bundle.dtype}, "
         f"{bundle.task}, up to {capacity} tokens, batch 1..{max_batch(bundle, config)}, weights {config.weights}"
     )
+    proto = tensorrt_proto(onnx, bundle, capacity, plugin_ops)
+    if config.weights == "input":
+        make_weights_inputs(onnx, proto, tensors)
+    weights = MappedWeights(bundle.folder, proto)
     messages = message_log(trt)
     builder = trt.Builder(messages)
     builder.max_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if library is not None:
         _load_plugins(trt, library, bundle, config)
-    proto = tensorrt_proto(onnx, bundle, capacity, plugin_ops)
-    if config.weights == "input":
-        make_weights_inputs(onnx, proto, tensors)
-    weights = MappedWeights(bundle.folder, proto)
     # The network refers to the parser's memory and to the mapped weights: both must live until it is built.
     network, parser = _parse(trt, builder, proto, bundle.model_path, weights, messages, library)
-    inputs = weight_io(tensors) if config.weights == "input" else []
+    inputs = weight_io(tensors) if config.weights == "input" else ()
     layers, plugin_layers = check_network(trt, network, proto, bundle, capacity, plugin_ops, inputs)
     log(f"build: parsed {network.num_layers} layers in {time.perf_counter() - start:.1f} s, network checked")
     if library is not None:
@@ -196,69 +188,38 @@ def build_engine(
             plan = _serialize(trt, builder, network, config, plugin_ops, profiles, messages, progress, staged)
         del parser, network
         seconds = time.perf_counter() - start
-
-        sidecar: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "created_by": {"llama_export": __version__, "onnx": onnx.__version__},
-            "backend": config.backend,
-            "backend_version": trt.__version__,
-            "ops": config.ops,
-            "plugin_layers": plugin_layers,
-            "plugin_library": None if library is None else library.identity,
-            "onnx_sha256": sha256_of_file(bundle.model_path),
-            "engine_sha256": plan.sha256,
-            "bytes": plan.nbytes,
-            "model": dict(bundle.manifest["model"]),
-            "task": bundle.task,
-            "dtype": bundle.dtype,
-            "weights": {
-                "mode": config.weights,
-                "bytes": sum(entry.nbytes for entry in tensors),
-                "tensors": weights_record(tensors) if config.weights == "input" else [],
-            },
-            "network_sha256": network_sha256(proto) if config.weights == "input" else None,
-            "max_seq_len": capacity,
-            "kv_cache_capacity": capacity if INTERFACES[bundle.task].has_cache else None,
-            "max_batch": max_batch(bundle, config),
-            "profiles": profiles,
-            "io": engine_io(bundle, capacity),
-            "layers": layers,
-            "settings": {
-                "tf32": config.tf32,
-                "strongly_typed": True,
-                "decomposable_attention": may_decompose(bundle.dtype, plugin_ops),
-                "version_compatible": config.version_compatible,
-            },
-            "cuda_major": cuda_major(config.backend),
-            "compute_capabilities": [],
-            "forward_compatible": False,
-            "weights_copied_per_run": [],
-            "compiled_graphs_sha256": None,
-            "build_seconds": round(seconds, 3),
-        }
-        if is_readable(sidecar):
-            with staged.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                facts, problems = read_plan(content, sidecar, plugin_attributes(bundle.config))
-            if problems:
-                raise EngineBuildError(
-                    "the builder made an engine that is not what the config implies",
-                    details=numbered("plan", problems),
-                    hint="this is a bug or an untested TensorRT version: see `llama-export env`",
-                )
-            sidecar |= facts
-        else:
-            sidecar["compute_capabilities"] = [gpu_compute_capability()]
-        asked = sorted(config.compute_capabilities, key=float)
-        if asked and sidecar["compute_capabilities"] != asked:
-            raise EngineBuildError(
-                "the builder compiled for other GPUs than it was asked for",
-                details={"got": ", ".join(sidecar["compute_capabilities"]), "expected": ", ".join(asked)},
-                hint="this is a bug or an untested TensorRT version: see `llama-export env`",
-            )
-        if library is not None:
-            for compute_capability in sidecar["compute_capabilities"]:
-                plugins.check_chip(library, compute_capability)
-        if copied := sidecar["weights_copied_per_run"]:
+        sidecar = EngineSidecar(
+            created_by=CreatedBy(llama_export=__version__, onnx=onnx.__version__),
+            backend=config.backend,
+            backend_version=trt.__version__,
+            ops=config.ops,
+            plugin_layers=plugin_layers,
+            plugin_library=None if library is None else PluginIdentity(**library.identity),  # type: ignore[arg-type]
+            onnx_sha256=sha256_of_file(bundle.model_path),
+            engine_sha256=plan.sha256,
+            bytes=plan.nbytes,
+            model=dict(bundle.manifest["model"]),
+            task=cast(Task, bundle.task),
+            dtype=cast(DType, bundle.dtype),
+            weights=weights_record(config.weights, tensors),
+            network_sha256=network_sha256(proto) if config.weights == "input" else None,
+            max_seq_len=capacity,
+            kv_cache_capacity=capacity if INTERFACES[bundle.task].has_cache else None,
+            max_batch=max_batch(bundle, config),
+            profiles=profiles,
+            io=engine_io(bundle, capacity),
+            layers=layers,
+            settings=engine_settings(bundle, config),
+            cuda_major=cuda_major(config.backend),
+            compute_capabilities=(),  # these and the three below are read from the plan
+            forward_compatible=False,
+            weights_copied_per_run=(),
+            compiled_graphs_sha256=None,
+            build_seconds=round(seconds, 3),
+        )
+        sidecar = _with_plan_facts(staged, sidecar, bundle)
+        _check_targets(sidecar, config, library)
+        if copied := sidecar.weights_copied_per_run:
             log(
                 f"build: TensorRT brings {', '.join(copied)} into another layout in every run; --weights constant does it once "
                 "(a vocabulary that is a multiple of 8 and plugin ops avoid it)"
@@ -278,15 +239,73 @@ def build_engine(
     )
 
 
+def _free_target(bundle: Bundle, config: EngineConfig, capacity: int) -> Path:
+    """Where the engine will be.
+
+    Raises:
+        ConfigError: one is there already, and ``config.force`` is off.
+    """
+    target = bundle.folder / ENGINES_NAME / engine_name(bundle, config, capacity)
+    existing = [path.name for path in (target, target.with_suffix(".json")) if path.exists()]
+    if existing and not config.force:
+        raise ConfigError(
+            f"engine `{target.name}` exists", details={"got": ", ".join(existing)}, hint="pass --force to replace it"
+        )
+    return target
+
+
+def _plugin_library(config: EngineConfig) -> plugins.PluginLibrary:
+    """The installed library, which has kernels for the GPUs that were asked for."""
+    library = plugins.find_library()
+    for compute_capability in config.compute_capabilities:
+        plugins.check_chip(library, compute_capability)
+    return library
+
+
+def _with_plan_facts(staged: Path, sidecar: EngineSidecar, bundle: Bundle) -> EngineSidecar:
+    """The sidecar with what the plan says of itself.
+
+    Raises:
+        EngineBuildError: the plan is not what the sidecar says.
+    """
+    if not is_readable(sidecar):
+        return replace(sidecar, compute_capabilities=(gpu_compute_capability(),))
+    with staged.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        facts, problems = read_plan(content, sidecar, plugin_attributes(bundle.config))
+    if problems:
+        raise EngineBuildError(
+            "the builder made an engine that is not what the config implies",
+            details=numbered("plan", problems),
+            hint="this is a bug or an untested TensorRT version: see `llama-export env`",
+        )
+    return replace(sidecar, **facts)
+
+
+def _check_targets(sidecar: EngineSidecar, config: EngineConfig, library: plugins.PluginLibrary | None) -> None:
+    """The engine is for the GPUs that were asked for, and the plugin library has kernels for them."""
+    asked = tuple(sorted(config.compute_capabilities, key=float))
+    if asked and sidecar.compute_capabilities != asked:
+        raise EngineBuildError(
+            "the builder compiled for other GPUs than it was asked for",
+            details={"got": ", ".join(sidecar.compute_capabilities), "expected": ", ".join(asked)},
+            hint="this is a bug or an untested TensorRT version: see `llama-export env`",
+        )
+    for compute_capability in sidecar.compute_capabilities if library is not None else ():
+        plugins.check_chip(library, compute_capability)  # type: ignore[arg-type]
+
+
 def tensorrt_proto(onnx: Any, bundle: Bundle, capacity: int, plugin_ops: Collection[str] = ()) -> Any:
     """``model.onnx`` as TensorRT wants it, in memory: C a number, decomposable attention where it is needed.
 
     A symbolic C fails in the parser (KV_CACHE_UPDATE wants it static; a profile with min = max does not help). Beside
     plugin ops, an op that is to stay native gets another name, function and nodes alike, for which there is no plugin:
     the parser prefers plugins to bodies for the whole graph or not at all.
+
+    Raises:
+        ArtifactMismatchError: no export makes such a graph: see :mod:`llama_export.graph_check`.
     """
+    check_graph(bundle, bundle.model_path)
     proto = onnx.load(str(bundle.model_path), load_external_data=False)
-    _check_weight_files(proto, bundle)
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param == CAPACITY:
@@ -306,24 +325,6 @@ def tensorrt_proto(onnx: Any, bundle: Bundle, capacity: int, plugin_ops: Collect
                     # TensorRT's own attribute; onnx.checker refuses it, so it is never in the file.
                     node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
     return proto
-
-
-def _check_weight_files(proto: Any, bundle: Bundle) -> None:
-    """TensorRT opens whatever file a graph names: only those of the manifest, which are checked, may be named."""
-    known = {entry["file"] for entry in bundle.manifest["weights"]}
-    named = {
-        item.value for tensor in proto.graph.initializer for item in tensor.external_data if item.key == "location"
-    }
-    if not named <= known:
-        raise ArtifactMismatchError(
-            "the graph reads files that are not in the manifest",
-            details={
-                "bundle": bundle.folder,
-                "got": ", ".join(sorted(named - known)),
-                "expected": ", ".join(sorted(known)),
-            },
-            hint="export again; do not use bundles from a source you do not trust",
-        )
 
 
 def _check_buildable(config: EngineConfig) -> None:
@@ -511,7 +512,7 @@ _REFUSALS = {
 """What TensorRT says -> what to do."""
 
 
-def write_engine(target: Path, content: bytes, sidecar: Mapping[str, Any]) -> None:
+def write_engine(target: Path, content: bytes, sidecar: EngineSidecar) -> None:
     """An engine whose bytes are there already, and its sidecar."""
     with engine_staging(target) as staged:
         staged.write_bytes(content)
@@ -538,11 +539,11 @@ def engine_staging(target: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
-def commit_engine(staged: Path, sidecar: Mapping[str, Any]) -> None:
+def commit_engine(staged: Path, sidecar: EngineSidecar) -> None:
     """Engine and sidecar appear together, or the old ones stay, whenever this is killed: see :mod:`llama_export._commit`.
 
     The engine is not synced, which would take as long as the build: what a power cut makes of it, its hash tells, and a build
     makes it again.
     """
-    write_atomically(staged.with_suffix(".json"), json_bytes(sidecar))
+    write_atomically(staged.with_suffix(".json"), json_bytes(sidecar.to_json()))
     commit(staged.parent, staged.parent.parent, unsynced={staged.name})

@@ -8,13 +8,13 @@ nodes became plugin layers or did not, that every cache output is the in-place u
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from llama_export.bundle import Bundle
+from llama_export.engine_sidecar import EngineTensor
 from llama_export.engine_spec import (
     ATTENTION,
-    DOMAIN,
     MASKED_ATTENTION,
     engine_io,
     expected_layers,
@@ -22,6 +22,7 @@ from llama_export.engine_spec import (
     may_decompose,
 )
 from llama_export.errors import EngineBuildError, numbered
+from llama_export.graph_check import DOMAIN
 from llama_export.graph_io import INTERFACES
 from llama_export.kv_cache import cache_names, present_name
 
@@ -38,7 +39,7 @@ _PRESENT_KEY, _PRESENT_VALUE = 1, 2
 
 def check_network(
     trt: Any, network: Any, proto: Any, bundle: Bundle, capacity: int, plugin_ops: Collection[str],
-    weight_inputs: Sequence[Mapping[str, Any]] = (),
+    weight_inputs: Sequence[EngineTensor] = (),
 ) -> tuple[dict[str, int], dict[str, int]]:  # fmt: skip
     """The parsed network against the config: the last place where every layer can still be seen.
 
@@ -99,14 +100,14 @@ def _plugin_of(trt: Any, layer: Any) -> Any:
 _TYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 
 
-def _io_problems(network: Any, expected: Sequence[Mapping[str, Any]]) -> list[str]:
+def _io_problems(network: Any, expected: Sequence[EngineTensor]) -> list[str]:
     tensors = [("input", network.get_input(index)) for index in range(network.num_inputs)]
     tensors += [("output", network.get_output(index)) for index in range(network.num_outputs)]
     got = [f"{kind} {t.name} {_TYPE_NAMES.get(t.dtype.name, t.dtype.name)} {list(t.shape)}" for kind, t in tensors]
     want = []
     for entry in expected:
-        shape = [dim if isinstance(dim, int) else -1 for dim in entry["shape"]]
-        want.append(f"{entry['kind']} {entry['name']} {entry['dtype']} {shape}")
+        shape = [dim if isinstance(dim, int) else -1 for dim in entry.shape]
+        want.append(f"{entry.kind} {entry.name} {entry.dtype} {shape}")
     return [f"unexpected {item}" for item in got if item not in want] + [
         f"missing {item}" for item in want if item not in got
     ]

@@ -10,7 +10,7 @@ Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_export import plugins
+from llama_export._process import available_memory
 from llama_export._tensorrt import (
     driver_cuda_version,
     execution_blocker,
@@ -28,13 +29,14 @@ from llama_export._tensorrt import (
     message_log,
 )
 from llama_export.bundle import Bundle
+from llama_export.checkpoint import TensorEntry
 from llama_export.engine import tensorrt_proto
-from llama_export.engine_check import EngineFacts, check_engine, inspect_engine
+from llama_export.engine_check import check_engine
+from llama_export.engine_sidecar import REBUILD, EngineSidecar
 from llama_export.engine_spec import (
     DECODE,
     MAX_LOGITS,
     PREFILL,
-    REBUILD,
     TEXTS,
     engine_io,
     rebuild_command,
@@ -50,7 +52,7 @@ from llama_export.runtime.session import CacheRows, Int64Array, checked_step, ch
 __all__ = ["EngineHeadSession", "EngineSession", "execution_blocker"]
 
 
-def check_machine(facts: EngineFacts, backend_version: str, engine_path: Path, bundle: Bundle) -> None:
+def check_machine(sidecar: EngineSidecar, backend_version: str, engine_path: Path, bundle: Bundle) -> None:
     """The engine against this machine's GPU, driver and TensorRT, before TensorRT loads it.
 
     Raises:
@@ -58,34 +60,32 @@ def check_machine(facts: EngineFacts, backend_version: str, engine_path: Path, b
     """
     problems = {}
     gpu = gpu_compute_capability()
-    served = ", ".join(facts.compute_capabilities)
-    later = facts.forward_compatible and float(gpu) > float(facts.compute_capabilities[0])
-    if gpu not in facts.compute_capabilities and not later:
-        expected = f"{served}, or later" if facts.forward_compatible else served
+    if not sidecar.serves(gpu):
+        expected = ", ".join(sidecar.compute_capabilities) + (", or later" if sidecar.forward_compatible else "")
         problems["GPU"] = f"got compute capability {gpu}, the engine was compiled for {expected}"
-    if not _loads(facts, backend_version):
-        allowed = " or later" if facts.version_compatible else ""
+    if not _loads(sidecar, backend_version):
+        allowed = " or later" if sidecar.settings.version_compatible else ""
         problems["TensorRT"] = (
-            f"got {facts.backend} {backend_version}, the engine needs {facts.backend_version}{allowed}"
+            f"got {sidecar.backend} {backend_version}, the engine needs {sidecar.backend_version}{allowed}"
         )
     driver = driver_cuda_version()
-    if facts.cuda_major is not None and driver is not None and driver[0] < facts.cuda_major:
+    if sidecar.cuda_major is not None and driver is not None and driver[0] < sidecar.cuda_major:
         problems["CUDA"] = (
-            f"got a driver for CUDA {driver[0]}.{driver[1]}, the engine needs {facts.cuda_major}.0 or later"
+            f"got a driver for CUDA {driver[0]}.{driver[1]}, the engine needs {sidecar.cuda_major}.0 or later"
         )
     if problems:
         raise ArtifactMismatchError(
             "the engine was not built for this machine",
             details={"engine": engine_path, **problems},
-            hint=f"build one for it: {rebuild_command(inspect_engine(engine_path), bundle.folder)}"
+            hint=f"build one for it: {rebuild_command(sidecar, bundle.folder)}"
             + ("; a driver is updated with `apt install` or from nvidia.com/drivers" if "CUDA" in problems else ""),
         )
 
 
-def _loads(facts: EngineFacts, version: str) -> bool:
+def _loads(sidecar: EngineSidecar, version: str) -> bool:
     """Whether a version of the backend loads the engine: its own, or any later one of the same major version if allowed."""
-    got, built = (tuple(int(part) for part in text.split(".")[:3]) for text in (version, facts.backend_version))
-    return got == built or (facts.version_compatible and got[0] == built[0] and got > built)
+    got, built = (tuple(int(part) for part in text.split(".")[:3]) for text in (version, sidecar.backend_version))
+    return got == built or (sidecar.settings.version_compatible and got[0] == built[0] and got > built)
 
 
 class LoadedEngine:
@@ -113,43 +113,44 @@ class LoadedEngine:
         self._graph: Any = None
         """The CUDA graph of a run with just these bindings."""
         self._is_capturable = True
-        self.facts = check_engine(bundle, engine_path)
-        _check_rows(batch_size, self.facts.max_batch)
-        if (blocker := execution_blocker(self.facts.backend)) is not None:
+        self.sidecar = check_engine(bundle, engine_path).sidecar
+        _check_rows(batch_size, self.sidecar.max_batch)
+        if (blocker := execution_blocker(self.sidecar.backend)) is not None:
             raise ToolchainError(
                 "this machine cannot run the engine",
                 details={"engine": engine_path.name, "reason": blocker},
                 hint="run it on a machine with a GPU that the backend supports; `llama-export run` uses the CPU",
             )
-        trt, self._cuda = load_backend(self.facts.backend), load_cuda_runtime(self.facts.backend)
-        check_machine(self.facts, trt.__version__, engine_path, bundle)
+        trt, self._cuda = load_backend(self.sidecar.backend), load_cuda_runtime(self.sidecar.backend)
+        check_machine(self.sidecar, trt.__version__, engine_path, bundle)
         self._messages = message_log(trt)
         self._runtime = trt.Runtime(self._messages)
-        if self.facts.plugin_library is not None:
+        if self.sidecar.plugin_library is not None:
             library = plugins.find_library()
             plugins.check_chip(library, gpu_compute_capability())
-            plugins.check_creators(plugins.register_library(trt, library), self.facts.plugin_layers, library)
-        self._engine = self._runtime.deserialize_cuda_engine(engine_path.read_bytes())
+            plugins.check_creators(plugins.register_library(trt, library), self.sidecar.plugin_layers, library)
+        self._engine = self._runtime.deserialize_cuda_engine(_content(engine_path, self.sidecar))
         self.require(self._engine is not None, "load the engine")
         self._check_io(bundle)
-        if self.facts.weights == "stripped":
+        if self.sidecar.weights.mode == "stripped":
             self._put_weights_back(trt, bundle)
         self._context = self._engine.create_execution_context()
         self.require(self._context is not None, "create an execution context")
         self._stream = self.call("cudaStreamCreate")
         self._profile: str | None = None
-        self._weights = [entry["name"] for entry in self.facts.weight_tensors]
-        for entry in self.facts.weight_tensors:
+        self._weights = [entry.name for entry in self.sidecar.weights.tensors]
+        for entry in self.sidecar.weights.tensors:
             self._load_weight(bundle.folder, entry)
 
     def select_profile(self, name: str) -> None:
         """Chooses the optimization profile of the next run; inputs and outputs must be bound again, weights are."""
-        name = name if name in self.facts.profiles else self.facts.profiles[0]
+        profiles = list(self.sidecar.profiles)
+        name = name if name in profiles else profiles[0]
         if name == self._profile:
             return
         self._forget_graph()
         self._bound.clear()
-        selected = self._context.set_optimization_profile_async(self.facts.profiles.index(name), int(self._stream))
+        selected = self._context.set_optimization_profile_async(profiles.index(name), int(self._stream))
         self.require(selected, f"select the {name} profile")
         for weight in self._weights:
             self.bind(weight, self._buffers[weight][0])
@@ -285,11 +286,17 @@ class LoadedEngine:
     def __del__(self) -> None:
         self.close()
 
-    def _load_weight(self, folder: Path, entry: Mapping[str, Any]) -> None:
+    def _load_weight(self, folder: Path, entry: TensorEntry) -> None:
         """Copies one weight from its file, which is mapped, to the device."""
-        file = np.memmap(folder / entry["file"], np.uint8, "r")
-        host = file[entry["offset"] : entry["offset"] + entry["nbytes"]]
-        address = self.address(entry["name"], host.nbytes)
+        file = np.memmap(folder / entry.file, np.uint8, "r")
+        host = file[entry.offset : entry.offset + entry.nbytes]
+        if host.nbytes != entry.nbytes:
+            raise ArtifactMismatchError(
+                f"weight file `{entry.file}` became shorter after it was checked",
+                details={"weight": entry.name, "got": f"{host.nbytes} bytes", "expected": f"{entry.nbytes} bytes"},
+                hint="export again when nothing writes to the checkpoint",
+            )
+        address = self.address(entry.name, host.nbytes)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call("cudaMemcpy", address, host.ctypes.data, host.nbytes, kind)
 
@@ -297,8 +304,8 @@ class LoadedEngine:
         """Refits a stripped engine from the graph that it was built from."""
         refitter = trt.Refitter(self._engine, self._messages)
         parser = trt.OnnxParserRefitter(refitter, self._messages)
-        backend, plugin_ops = self.facts.backend, set(self.facts.plugin_layers)
-        proto = tensorrt_proto(load_onnx(backend), bundle, self.facts.max_seq_len, plugin_ops)
+        backend, plugin_ops = self.sidecar.backend, set(self.sidecar.plugin_layers)
+        proto = tensorrt_proto(load_onnx(backend), bundle, self.sidecar.max_seq_len, plugin_ops)
         parsed = parser.refit_from_bytes(proto.SerializeToString(), str(bundle.model_path.resolve()))
         self.require(parsed, "read the weights from the graph")
         self.require(refitter.refit_cuda_engine(), "put the weights back into the engine")
@@ -306,10 +313,10 @@ class LoadedEngine:
     def _check_io(self, bundle: Bundle) -> None:
         """The loaded engine's own word on what the plan's bytes could only suggest."""
         names = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
-        tensors = engine_io(bundle, self.facts.max_seq_len)
-        if self.facts.weights == "input":
+        tensors = engine_io(bundle, self.sidecar.max_seq_len)
+        if self.sidecar.weights.mode == "input":
             tensors += weight_io(bundle_tensors(bundle))
-        expected = {entry["name"]: entry["alias_of"] for entry in tensors}
+        expected = {entry.name: entry.alias_of for entry in tensors}
         problems = [f"tensors {sorted(names ^ set(expected))}"] if names != set(expected) else []
         for name, past in expected.items():
             if past is not None and name in names and self._engine.get_aliased_input_tensor(name) != past:
@@ -333,20 +340,22 @@ class EngineSession(CacheRows):
         bundle: from :func:`llama_export.bundle.load_bundle`.
         engine_path: made from this bundle by :func:`llama_export.engine.build_engine`.
         batch_size: B, rows, at most the engine's ``max_batch``.
+        note: what a user must know of the choice of this engine. An engine computes in its bundle's dtype, so there is
+            nothing to say of its precision.
 
     Raises:
         ConfigError: a task without a cache.
         ShapeError, ArtifactMismatchError, ToolchainError: see :class:`LoadedEngine`.
     """
 
-    def __init__(self, bundle: Bundle, engine_path: Path, *, batch_size: int = 1) -> None:
+    def __init__(self, bundle: Bundle, engine_path: Path, *, batch_size: int = 1, note: str | None = None) -> None:
         _require_cache(bundle, True)
         self._loaded = LoadedEngine(bundle, engine_path, batch_size=batch_size)
-        self.facts = self._loaded.facts
-        self.config, self.dtype, self.backend = bundle.config, bundle.dtype, self.facts.backend
-        self.capacity = self.facts.max_seq_len
-        self.note: str | None = None
-        """What a user must know about precision and speed: an engine computes in its bundle's dtype."""
+        self.sidecar = self._loaded.sidecar
+        self.config, self.dtype, self.backend = bundle.config, bundle.dtype, self.sidecar.backend
+        self.capacity = self.sidecar.max_seq_len
+        self.note = note
+        """What a user must know of this session, if anything: see ``note`` of the class."""
         self._row_bytes = int(np.prod(cache_shape(self.config, 1, self.capacity))) * (
             4 if self.dtype == "float32" else 2
         )
@@ -364,7 +373,7 @@ class EngineSession(CacheRows):
             ShapeError: more rows than the engine serves.
         """
         rows = self.batch_size if batch_size is None else batch_size
-        _check_rows(rows, self.facts.max_batch)
+        _check_rows(rows, self.sidecar.max_batch)
         if rows > self._zeroed_rows:
             for past, _ in self._names:
                 nbytes = rows * self._row_bytes
@@ -448,20 +457,26 @@ class EngineHeadSession:
     Args:
         bundle: from :func:`llama_export.bundle.load_bundle`.
         engine_path: made from this bundle by :func:`llama_export.engine.build_engine`.
+        note: see :class:`EngineSession`.
 
     Raises:
         ConfigError: a causal LM.
         ArtifactMismatchError, ToolchainError: see :class:`LoadedEngine`.
     """
 
-    def __init__(self, bundle: Bundle, engine_path: Path) -> None:
+    def __init__(self, bundle: Bundle, engine_path: Path, *, note: str | None = None) -> None:
         _require_cache(bundle, False)
         self._loaded = LoadedEngine(bundle, engine_path)
-        self.facts = self._loaded.facts
-        self.config, self.task, self.dtype, self.backend = bundle.config, bundle.task, bundle.dtype, self.facts.backend
-        self.max_seq_len = self.facts.max_seq_len
-        self.note: str | None = None
-        """What a user must know about precision and speed: an engine computes in its bundle's dtype."""
+        self.sidecar = self._loaded.sidecar
+        self.config, self.task, self.dtype, self.backend = (
+            bundle.config,
+            bundle.task,
+            bundle.dtype,
+            self.sidecar.backend,
+        )
+        self.max_seq_len = self.sidecar.max_seq_len
+        self.note = note
+        """What a user must know of this session, if anything: see ``note`` of the class."""
         self._output_shapes = {e["name"]: e["shape"] for e in bundle.manifest["io"] if e["kind"] == "output"}
 
     def run(
@@ -484,7 +499,7 @@ class EngineHeadSession:
             ToolchainError: CUDA or TensorRT failed.
         """
         ids, mask = checked_texts(input_ids, attention_mask, self.config, self.task)
-        _check_rows(ids.shape[0], self.facts.max_batch)
+        _check_rows(ids.shape[0], self.sidecar.max_batch)
         if ids.shape[1] > self.max_seq_len:
             raise ShapeError(
                 f"the text has {ids.shape[1]} tokens, the engine serves {self.max_seq_len}",
@@ -524,3 +539,15 @@ def _check_rows(rows: int, most: int) -> None:
             details={"got": rows, "expected": f"1..{most}"},
             hint="build with a larger --max-batch",
         )
+
+
+def _content(path: Path, sidecar: EngineSidecar) -> bytes:
+    """An engine file, which TensorRT wants in memory as a whole."""
+    available = available_memory()
+    if available is not None and sidecar.bytes > available:
+        raise ToolchainError(
+            "the engine does not fit into this machine's memory",
+            details={"engine": path, "got": f"{available:,} bytes available", "expected": f"{sidecar.bytes:,} bytes"},
+            hint="free some memory, or build an engine that holds no weights: --weights input",
+        )
+    return path.read_bytes()

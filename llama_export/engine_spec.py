@@ -8,21 +8,18 @@ Shapes: B batch, S new tokens, N wanted positions, C kv_cache_capacity, G key/va
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from llama_export.bundle import Bundle
 from llama_export.checkpoint import TensorEntry
-from llama_export.config import CUSTOM_OPS, EngineConfig, LlamaConfig, float32_value
+from llama_export.config import CUSTOM_OPS, DType, EngineConfig, LlamaConfig, float32_value
+from llama_export.engine_sidecar import EngineSettings, EngineSidecar, EngineTensor, Profiles
 from llama_export.errors import ShapeError
 from llama_export.graph_io import INTERFACES, is_single_text
 from llama_export.kv_cache import CAPACITY, cache_names, cache_shape
 from llama_export.plugins import ABI
-
-SCHEMA_VERSION = 4
-"""Of the sidecar."""
-
 
 DEFAULT_CAPACITY = 4096
 """Cache capacity in tokens when none is asked for and the model allows more."""
@@ -36,13 +33,7 @@ PREFILL, DECODE, TEXTS = "prefill", "decode", "texts"
 """Optimization profiles: the first two of a causal LM, the last of the heads without a cache."""
 
 
-DOMAIN = "llama_export"
-"""Of the graph's custom ops; must equal ``ops.DOMAIN``."""
 ATTENTION, MASKED_ATTENTION = "LlamaAttention", "LlamaMaskedAttention"
-
-
-Profiles = dict[str, dict[str, list[list[int]]]]
-"""Profile -> input -> [min, opt, max] shape."""
 
 
 def resolve_capacity(config: LlamaConfig, max_seq_len: int | None) -> int:
@@ -85,20 +76,36 @@ def engine_name(bundle: Bundle, config: EngineConfig, capacity: int) -> str:
     return f"{'-'.join(parts)}.{config.backend}.engine"
 
 
-def engine_io(bundle: Bundle, capacity: int) -> list[dict[str, Any]]:
+def engine_io(bundle: Bundle, capacity: int) -> tuple[EngineTensor, ...]:
     """The manifest's inputs and outputs with C a number."""
-    return [
-        {**entry, "shape": [capacity if dim == CAPACITY else dim for dim in entry["shape"]]}
+    return tuple(
+        EngineTensor(
+            name=entry["name"],
+            kind=entry["kind"],
+            dtype=entry["dtype"],
+            shape=tuple(capacity if dim == CAPACITY else dim for dim in entry["shape"]),
+            alias_of=entry["alias_of"],
+        )
         for entry in bundle.manifest["io"]
-    ]
+    )
 
 
-def weight_io(entries: Sequence[TensorEntry]) -> list[dict[str, Any]]:
+def weight_io(entries: Sequence[TensorEntry]) -> tuple[EngineTensor, ...]:
     """Inputs that are weights, in the words of :func:`engine_io`."""
-    return [
-        {"name": entry.name, "kind": "input", "dtype": entry.dtype, "shape": list(entry.shape), "alias_of": None}
+    return tuple(
+        EngineTensor(name=entry.name, kind="input", dtype=cast(DType, entry.dtype), shape=entry.shape, alias_of=None)
         for entry in entries
-    ]
+    )
+
+
+def engine_settings(bundle: Bundle, config: EngineConfig) -> EngineSettings:
+    """How an engine of these settings computes."""
+    return EngineSettings(
+        tf32=config.tf32,
+        strongly_typed=True,
+        decomposable_attention=may_decompose(bundle.dtype, config.plugin_ops & bundle.ops),
+        version_compatible=config.version_compatible,
+    )
 
 
 def engine_profiles(bundle: Bundle, capacity: int, max_batch: int, count: int = 2) -> Profiles:
@@ -180,15 +187,12 @@ def may_decompose(dtype: str, plugin_ops: Collection[str] = ()) -> bool:
     return dtype == "float32" and not {ATTENTION, MASKED_ATTENTION} & set(plugin_ops)
 
 
-REBUILD = "build again: llama-export build BUNDLE --force"
-
-
-def rebuild_command(sidecar: Mapping[str, Any], bundle: Path) -> str:
+def rebuild_command(sidecar: EngineSidecar, bundle: Path) -> str:
     """The command that builds an engine like this one again, for a bundle and for the machine it is given on."""
-    words = ["llama-export", "build", str(bundle), "--backend", sidecar["backend"], "--ops", sidecar["ops"]]
-    words += ["--max-seq-len", str(sidecar["max_seq_len"]), "--max-batch", str(sidecar["max_batch"])]
-    words += ["--weights", sidecar["weights"]["mode"]] if sidecar["weights"]["mode"] != "constant" else []
-    words += ["--profiles", "1"] if set(sidecar["profiles"]) == {PREFILL} else []
-    words += ["--tf32"] if sidecar["settings"]["tf32"] else []
-    words += ["--version-compatible"] if sidecar["settings"]["version_compatible"] else []
+    words = ["llama-export", "build", str(bundle), "--backend", sidecar.backend, "--ops", sidecar.ops]
+    words += ["--max-seq-len", str(sidecar.max_seq_len), "--max-batch", str(sidecar.max_batch)]
+    words += ["--weights", sidecar.weights.mode] if sidecar.weights.mode != "constant" else []
+    words += ["--profiles", "1"] if set(sidecar.profiles) == {PREFILL} else []
+    words += ["--tf32"] if sidecar.settings.tf32 else []
+    words += ["--version-compatible"] if sidecar.settings.version_compatible else []
     return shlex.join([*words, "--force"])

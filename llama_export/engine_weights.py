@@ -18,7 +18,8 @@ from typing import Any
 
 from llama_export.bundle import Bundle
 from llama_export.checkpoint import TensorEntry, load_checkpoint
-from llama_export.config import load_json_object
+from llama_export.config import EngineWeights, load_json_object
+from llama_export.engine_sidecar import EngineWeightTensors
 from llama_export.errors import ArtifactMismatchError, ConfigError
 
 STORED_NAMES = {"float32": 1, "float16": 10, "bfloat16": 16}
@@ -110,15 +111,10 @@ def network_sha256(proto: Any) -> str:
     return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
 
 
-def weights_record(entries: Sequence[TensorEntry]) -> list[dict[str, Any]]:
-    """What the sidecar says of each weight: name, dtype, shape, and where its bytes lie."""
-    return [
-        {
-            "name": entry.name, "dtype": entry.dtype, "shape": list(entry.shape), "file": entry.file, "offset": entry.offset,
-            "nbytes": entry.nbytes,
-        }
-        for entry in entries
-    ]  # fmt: skip
+def weights_record(mode: EngineWeights, entries: Sequence[TensorEntry]) -> EngineWeightTensors:
+    """What the sidecar says of the weights; of ``input`` also where each of them lies."""
+    nbytes = sum(entry.nbytes for entry in entries)
+    return EngineWeightTensors(mode=mode, bytes=nbytes, tensors=tuple(entries) if mode == "input" else ())
 
 
 def model_differences(recorded: Mapping[str, Any], bundle: Bundle) -> list[str]:

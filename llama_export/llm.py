@@ -20,8 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from llama_export._text import printable
 from llama_export.bundle import Bundle, load_bundle
-from llama_export.config import BACKENDS, RUNTIME_BACKENDS, RuntimeBackend, load_json_object
+from llama_export.config import BACKENDS, RUNTIME_BACKENDS, RuntimeBackend
 from llama_export.errors import ConfigError
 from llama_export.runtime.generation import FinishReason, TokenEvent, generate_steps
 from llama_export.runtime.graph import Device
@@ -81,13 +82,14 @@ def load(
     quantize: str | None = None,
     max_seq_len: int | None = None,
     threads: int | None = None,
+    read_weights: bool = False,
     ignore_hashes: bool = False,
 ) -> LLM:
     """Opens a bundle for generation.
 
     Args:
         bundle: folder that ``llama-export export`` made.
-        backend, engine, quantize, max_seq_len, threads: see :func:`open_session`.
+        backend, engine, quantize, max_seq_len, threads, read_weights: see :func:`open_session`.
         ignore_hashes: open the bundle although a file differs from its manifest.
 
     Raises:
@@ -97,8 +99,9 @@ def load(
     """
     opened = load_bundle(Path(bundle), ignore_hashes=ignore_hashes)
     session = open_session(
-        opened, backend=backend, engine=engine, quantize=quantize, max_seq_len=max_seq_len, threads=threads
-    )
+        opened, backend=backend, engine=engine, quantize=quantize, max_seq_len=max_seq_len, threads=threads,
+        read_weights=read_weights,
+    )  # fmt: skip
     return LLM(opened, session, TextCodec(opened.folder) if (opened.folder / "tokenizer.json").is_file() else None)
 
 
@@ -110,36 +113,46 @@ def open_session(
     quantize: str | None = None,
     max_seq_len: int | None = None,
     threads: int | None = None,
+    read_weights: bool = False,
     request_tokens: int = 1,
 ) -> CacheSession:
     """A session of one row, on the CPU or a GPU.
 
     Args:
         bundle: from :func:`llama_export.bundle.load_bundle`.
-        backend: ``auto``: the named engine, else the bundle's own if there is one, this machine can run it and nothing is
-            asked for that only onnxruntime has; else onnxruntime on the CPU.
-        engine: file; default: the bundle's only engine of the backend.
+        backend: ``auto``: the named engine; else one of the bundle's own, if this machine can run it, it holds
+            ``request_tokens`` and nothing is asked for that only onnxruntime has; else onnxruntime on the CPU. The
+            session's ``note`` names the engine that ``auto`` chose: loading an engine runs its code on the GPU.
+        engine: file; default: of the bundle's engines of the backend, those for this GPU first, the one that holds the
+            most tokens; of equals the one with the largest batch; of these the first by name.
         quantize: onnxruntime: ``int8`` or ``int4`` weights, made by ``llama-export quantize``.
         max_seq_len: onnxruntime: tokens that a row can hold; default the model's, at most 4096, or ``request_tokens`` if
             that is more. An engine's is built in.
         threads: onnxruntime: CPU threads; default one per core.
+        read_weights: onnxruntime: read the weights into memory instead of mapping their files, for a folder that others may
+            write to: a mapped file that becomes shorter ends this process with a signal (SIGBUS).
         request_tokens: what the caller is going to ask for, if that is known.
 
     Raises:
-        ConfigError: an unknown backend, an engine that is not there or one of several, quantised weights that were not
-            made, or a setting that the backend does not have.
+        ConfigError: an unknown backend, no engine of the backend, quantised weights that were not made, or a setting that
+            the backend does not have.
         ArtifactMismatchError, MissingDependencyError, ShapeError, ToolchainError: see the sessions.
     """
-    path = _chosen_engine(bundle, backend, engine, quantize=quantize, max_seq_len=max_seq_len, threads=threads)
+    path, note = _chosen_engine(
+        bundle, backend, engine, request_tokens, quantize=quantize, max_seq_len=max_seq_len, threads=threads,
+        read_weights=read_weights or None,
+    )  # fmt: skip
     if path is not None:
         from llama_export.engine_session import EngineSession
 
-        return EngineSession(bundle, path)
+        return EngineSession(bundle, path, note=note)
     default = min(bundle.config.max_length, max(DEFAULT_MAX_SEQ_LEN, request_tokens))
-    return OnnxRuntimeSession(
+    session = OnnxRuntimeSession(
         bundle, max_seq_len=default if max_seq_len is None else max_seq_len, threads=threads, variant=quantize,
-        device=_device_of(backend),
+        device=_device_of(backend), read_weights=read_weights,
     )  # fmt: skip
+    session.note = "; ".join(filter(None, (note, session.note))) or None
+    return session
 
 
 def open_head_session(
@@ -148,21 +161,24 @@ def open_head_session(
     backend: RuntimeBackend = "auto",
     engine: str | Path | None = None,
     threads: int | None = None,
+    read_weights: bool = False,
 ) -> HeadSession:
     """A session of a head without a cache: classification, question answering, features.
 
     Args:
-        bundle, backend, engine, threads: see :func:`open_session`.
+        bundle, backend, engine, threads, read_weights: see :func:`open_session`.
 
     Raises:
         ConfigError, ArtifactMismatchError, MissingDependencyError, ToolchainError: see :func:`open_session`.
     """
-    path = _chosen_engine(bundle, backend, engine, threads=threads)
+    path, note = _chosen_engine(bundle, backend, engine, 1, threads=threads, read_weights=read_weights or None)
     if path is not None:
         from llama_export.engine_session import EngineHeadSession
 
-        return EngineHeadSession(bundle, path)
-    return OnnxRuntimeHeadSession(bundle, threads=threads, device=_device_of(backend))
+        return EngineHeadSession(bundle, path, note=note)
+    session = OnnxRuntimeHeadSession(bundle, threads=threads, device=_device_of(backend), read_weights=read_weights)
+    session.note = "; ".join(filter(None, (note, session.note))) or None
+    return session
 
 
 def _device_of(backend: RuntimeBackend) -> Device:
@@ -170,9 +186,9 @@ def _device_of(backend: RuntimeBackend) -> Device:
 
 
 def _chosen_engine(
-    bundle: Bundle, backend: RuntimeBackend, engine: str | Path | None, **of_onnxruntime: Any
-) -> Path | None:
-    """The engine that these settings mean; None: onnxruntime."""
+    bundle: Bundle, backend: RuntimeBackend, engine: str | Path | None, request_tokens: int, **of_onnxruntime: Any
+) -> tuple[Path | None, str | None]:
+    """The engine that these settings mean, or None for onnxruntime; and what to tell the user of the choice."""
     asked = {name: value for name, value in of_onnxruntime.items() if value is not None}
     if backend not in RUNTIME_BACKENDS:
         raise ConfigError(
@@ -186,40 +202,52 @@ def _chosen_engine(
             details={"engine": engine, "got": f"backend {backend}"},
             hint="leave the engine out, or choose the backend `auto`",
         )
-    path = Path(engine) if engine is not None else None
+    path, note = Path(engine) if engine is not None else None, None
     if path is None and backend not in ONNXRUNTIME_BACKENDS and not (backend == "auto" and asked):
-        path = _engine_of(bundle, backend)
+        path, note = _engine_of(bundle, backend, request_tokens)
     if path is not None and asked:
         raise ConfigError(
             f"an engine has no {', '.join(asked)}",
             details={"engine": path, "got": ", ".join(f"{name}={value!r}" for name, value in asked.items())},
             hint="capacity and precision are chosen by `llama-export build`; for a CPU choose the backend `onnxruntime`",
         )
-    return path
+    return path, note
 
 
-def _engine_of(bundle: Bundle, backend: RuntimeBackend) -> Path | None:
-    """The bundle's only engine of a backend; of ``auto``: the only one that this machine can run, if there is one."""
+def _engine_of(bundle: Bundle, backend: RuntimeBackend, request_tokens: int) -> tuple[Path | None, str | None]:
+    """As :func:`_chosen_engine`, by the rule that :func:`open_session` documents."""
+    from llama_export._tensorrt import gpu_compute_capability
     from llama_export.engine_session import execution_blocker
+    from llama_export.engine_sidecar import read_sidecar
 
-    built = {path: str(load_json_object(path.with_suffix(".json")).get("backend")) for path in bundle.engines}
-    if backend == "auto":
-        able = {name for name in BACKENDS if name in built.values() and execution_blocker(name) is None}
-        found = [path for path, name in built.items() if name in able]
-        if not found:
-            return None
-    else:
-        found = [path for path, name in built.items() if name == backend]
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
+    is_auto = backend == "auto"
+    able = {name for name in BACKENDS if execution_blocker(name) is None}
+    if is_auto and not able:
+        return None, None
+    wanted = able if is_auto else {backend}
+    built = [(path, sidecar) for path in bundle.engines if (sidecar := read_sidecar(path)).backend in wanted]
+    gpu = gpu_compute_capability() if able else None
+    if is_auto:
+        fitting = [item for item in built if item[1].max_seq_len >= request_tokens and item[1].serves(str(gpu))]
+        if not fitting:
+            why = f"auto: none of the {len(built)} engines serves {request_tokens} tokens on this GPU; using the CPU"
+            return None, why if built else None
+        built = fitting
+    if not built:
         raise ConfigError(
-            f"which engine? This bundle has {len(found)}",
-            details={"bundle": bundle.folder, "got": names, "expected": "one, or one that is named"},
-            hint="name it: --engine PATH (in Python engine=PATH)"
-            if found
-            else f"make one: llama-export build {bundle.folder} --backend {backend}",
+            f"this bundle has no {backend} engine",
+            details={"bundle": bundle.folder, "got": ", ".join(path.name for path in bundle.engines) or "none"},
+            hint=f"make one: llama-export build {bundle.folder} --backend {backend}",
         )
-    return found[0]
+    # bundle.engines is sorted by name, and max() gives the first of equals.
+    path, sidecar = max(
+        built, key=lambda item: (gpu is not None and item[1].serves(gpu), item[1].max_seq_len, item[1].max_batch)
+    )
+    note = (
+        f"auto: using engine {printable(path.name)}, built by llama_export {sidecar.created_by.llama_export} with {sidecar.backend} "
+        f"{sidecar.backend_version}; loading an engine runs its code on the GPU, --backend onnxruntime does not"
+    )
+    return path, note if is_auto else None
 
 
 class LLM:

@@ -52,7 +52,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_export._files import is_plain_name, open_regular
+from llama_export._files import open_regular
 from llama_export._process import peak_rss_bytes
 from llama_export.bundle import (
     MANIFEST_NAME,
@@ -65,7 +65,6 @@ from llama_export.bundle import (
 )
 from llama_export.config import VARIANTS, LlamaConfig
 from llama_export.errors import (
-    ArtifactMismatchError,
     CheckpointError,
     ConfigError,
     ExportError,
@@ -73,6 +72,7 @@ from llama_export.errors import (
     ToolchainError,
 )
 from llama_export.estimate import free_disk
+from llama_export.graph_check import check_graph
 
 try:
     import onnx
@@ -159,6 +159,7 @@ def quantize_bundle(
         progress: receives the writing of the data file.
 
     Raises:
+        ArtifactMismatchError: no export makes such a graph: see :mod:`llama_export.graph_check`.
         ConfigError: no such type, the variant exists and ``force`` is off, or the task is not causal-lm.
         ExportError: the graph is not as the export writes it, or the folder cannot be written to.
         CheckpointError: a weight is NaN or infinite, or a weight file became shorter.
@@ -167,6 +168,7 @@ def quantize_bundle(
     start = time.perf_counter()
     scheme = scheme or _scheme(kind)
     _check_request(bundle, kind, force)
+    check_graph(bundle, bundle.onnxruntime_path)
     source = onnx.load(str(bundle.onnxruntime_path), load_external_data=False)
     plan = plan_quantization(source, bundle.config, kind, scheme)
     _check_disk(bundle, plan, ignore_estimate, log)
@@ -517,12 +519,6 @@ def _reader(weight: onnx.TensorProto, bundle: Bundle) -> Callable[[int, int], Fl
         content = weight.raw_data
         return lambda begin, end: _widened(content[begin * itemsize : end * itemsize], weight.data_type)
     place = {entry.key: entry.value for entry in weight.external_data}
-    if not is_plain_name(place["location"]):
-        raise ArtifactMismatchError(
-            f"`{bundle.onnxruntime_path.name}` names a file outside its folder",
-            details={"tensor": weight.name, "got": place["location"], "expected": "a plain file name"},
-            hint="do not use bundles from a source you do not trust",
-        )
     path, offset = bundle.folder / place["location"], int(place["offset"])
 
     def read(begin: int, end: int) -> Float32Array:

@@ -7,10 +7,9 @@ other bundle's ``engines`` with a sidecar that says where *its* weights lie.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from llama_export._tensorrt import load_onnx
 from llama_export.bundle import ENGINES_NAME, Bundle
@@ -18,6 +17,7 @@ from llama_export.checkpoint import TensorEntry
 from llama_export.config import EngineConfig
 from llama_export.engine import tensorrt_proto, write_engine
 from llama_export.engine_check import check_engine, inspect_engine
+from llama_export.engine_sidecar import EngineSidecar
 from llama_export.engine_spec import rebuild_command
 from llama_export.engine_weights import (
     bundle_tensors,
@@ -60,7 +60,7 @@ def refit_engine(
         ArtifactMismatchError: the engine or its sidecar is damaged, or its plugin library is not the installed one.
     """
     sidecar = inspect_engine(engine_path)
-    mode = sidecar["weights"]["mode"]
+    mode = sidecar.weights.mode
     if mode != "input":
         raise ConfigError(
             f"`{engine_path.name}` does not take its weights as inputs",
@@ -78,16 +78,12 @@ def refit_engine(
         raise ConfigError(
             f"engine `{target.name}` exists", details={"folder": target.parent}, hint="pass --force to replace it"
         )
-    refitted = {
-        **sidecar,
-        "onnx_sha256": bundle.manifest["graph_sha256"],
-        "model": dict(bundle.manifest["model"]),
-        "weights": {
-            "mode": "input",
-            "bytes": sum(entry.nbytes for entry in tensors),
-            "tensors": weights_record(tensors),
-        },
-    }
+    refitted = replace(
+        sidecar,
+        onnx_sha256=bundle.manifest["graph_sha256"],
+        model=dict(bundle.manifest["model"]),
+        weights=weights_record("input", tensors),
+    )
     write_engine(target, engine_path.read_bytes(), refitted)
     check_engine(bundle, target)
     log(f"refit: {ENGINES_NAME}/{target.name} takes {len(tensors)} weights from {bundle.folder}")
@@ -95,17 +91,17 @@ def refit_engine(
         engine=str(target),
         bundle=str(bundle.folder),
         weights=len(tensors),
-        weight_bytes=refitted["weights"]["bytes"],
+        weight_bytes=refitted.weights.bytes,
         bytes=target.stat().st_size,
     )
 
 
-def _check_same_model(sidecar: Mapping[str, Any], engine_path: Path, bundle: Bundle) -> None:
+def _check_same_model(sidecar: EngineSidecar, engine_path: Path, bundle: Bundle) -> None:
     """Refuses a bundle of another architecture, field by field."""
     differences = [
-        line for line in model_differences(sidecar["model"], bundle) if line.partition(":")[0] not in _NOT_IN_THE_GRAPH
+        line for line in model_differences(sidecar.model, bundle) if line.partition(":")[0] not in _NOT_IN_THE_GRAPH
     ]
-    for name, recorded, got in (("task", sidecar["task"], bundle.task), ("dtype", sidecar["dtype"], bundle.dtype)):
+    for name, recorded, got in (("task", sidecar.task, bundle.task), ("dtype", sidecar.dtype, bundle.dtype)):
         if recorded != got:
             differences.insert(0, f"{name}: {got}, the engine was built for {recorded}")
     if differences:
@@ -119,17 +115,17 @@ def _check_same_model(sidecar: Mapping[str, Any], engine_path: Path, bundle: Bun
         )
 
 
-def _check_same_network(sidecar: Mapping[str, Any], bundle: Bundle, tensors: Sequence[TensorEntry]) -> None:
+def _check_same_network(sidecar: EngineSidecar, bundle: Bundle, tensors: Sequence[TensorEntry]) -> None:
     """Refuses a bundle whose graph is another one than the engine was built from."""
-    settings = EngineConfig(backend=sidecar["backend"], ops=sidecar["ops"])
+    settings = EngineConfig(backend=sidecar.backend, ops=sidecar.ops)
     onnx = load_onnx(settings.backend)
-    proto = tensorrt_proto(onnx, bundle, sidecar["max_seq_len"], settings.plugin_ops & bundle.ops)
+    proto = tensorrt_proto(onnx, bundle, sidecar.max_seq_len, settings.plugin_ops & bundle.ops)
     require_stored_dtype(bundle, tensors)
     make_weights_inputs(onnx, proto, tensors)
-    if (got := network_sha256(proto)) != sidecar["network_sha256"]:
+    if (got := network_sha256(proto)) != sidecar.network_sha256:
         raise ArtifactMismatchError(
             "the bundle's graph is not the one the engine was built from, although the models have the same config",
-            details={"got": f"network sha256 {got}", "expected": f"network sha256 {sidecar['network_sha256']}"},
+            details={"got": f"network sha256 {got}", "expected": f"network sha256 {sidecar.network_sha256}"},
             hint="export both with one version of llama-export and torch, then build again: "
             + rebuild_command(sidecar, bundle.folder),
         )

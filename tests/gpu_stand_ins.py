@@ -15,6 +15,8 @@ import pytest
 from llama_export import _tensorrt, engine_session
 from llama_export.bundle import Bundle
 from llama_export.engine_check import inspect_engine
+from llama_export.engine_sidecar import EngineSidecar
+from llama_export.engine_spec import weight_io
 from llama_export.engine_weights import bundle_tensors, make_weights_inputs
 
 
@@ -112,20 +114,19 @@ class FakeCuda:
 class FakeEngine:
     """Engine and execution context in one: computes with onnxruntime on what it is bound to, within its profiles."""
 
-    def __init__(self, bundle: Bundle, sidecar: dict[str, Any]) -> None:
+    def __init__(self, bundle: Bundle, sidecar: EngineSidecar) -> None:
         import onnx
         import onnxruntime
 
         model = onnx.load(str(bundle.model_path), load_external_data=False)
-        self.weights = {entry["name"]: tuple(entry["shape"]) for entry in sidecar["weights"]["tensors"]}
+        self.weights = {entry.name: entry.shape for entry in sidecar.weights.tensors}
         if self.weights:
             make_weights_inputs(onnx, model, bundle_tensors(bundle))
             source: Any = model.SerializeToString()
         else:
             source = str(bundle.model_path)
         self.session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
-        inputs = [{**entry, "kind": "input", "alias_of": None} for entry in sidecar["weights"]["tensors"]]
-        self.io, self.profiles = sidecar["io"] + inputs, list(sidecar["profiles"].values())
+        self.io, self.profiles = [*sidecar.io, *weight_io(sidecar.weights.tensors)], list(sidecar.profiles.values())
         self.num_io_tensors = len(self.io)
         self.cuda: FakeCuda | None = None
         """The runtime whose stream may be captured."""
@@ -137,10 +138,10 @@ class FakeEngine:
         self.addresses: dict[str, int] = {}
 
     def get_tensor_name(self, index: int) -> str:
-        return str(self.io[index]["name"])
+        return self.io[index].name
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
-        return next((entry["alias_of"] for entry in self.io if entry["name"] == name), None)
+        return next((entry.alias_of for entry in self.io if entry.name == name), None)
 
     def create_execution_context(self) -> FakeEngine:
         return self
@@ -170,13 +171,13 @@ class FakeEngine:
 
     def _compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> bool:
         shapes = {**shapes, **self.weights}
-        inputs = [entry for entry in self.io if entry["kind"] == "input"]
-        feeds = {e["name"]: array_at(addresses[e["name"]], shapes[e["name"]], e["dtype"]).copy() for e in inputs}
-        outputs = [entry for entry in self.io if entry["kind"] == "output"]
-        for entry, value in zip(outputs, self.session.run([e["name"] for e in outputs], feeds), strict=True):
-            if entry["alias_of"] is not None and addresses[entry["name"]] != addresses[entry["alias_of"]]:
+        inputs = [entry for entry in self.io if entry.kind == "input"]
+        feeds = {e.name: array_at(addresses[e.name], shapes[e.name], e.dtype).copy() for e in inputs}
+        outputs = [entry for entry in self.io if entry.kind == "output"]
+        for entry, value in zip(outputs, self.session.run([e.name for e in outputs], feeds), strict=True):
+            if entry.alias_of is not None and addresses[entry.name] != addresses[entry.alias_of]:
                 return False
-            array_at(addresses[entry["name"]], value.shape, entry["dtype"])[...] = value
+            array_at(addresses[entry.name], value.shape, entry.dtype)[...] = value
         return True
 
 

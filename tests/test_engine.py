@@ -13,6 +13,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,22 +74,22 @@ def test_engine_and_sidecar_are_what_the_config_implies(built: dict[str, tuple[B
     bundle, path = built[dtype]
     sidecar = inspect_engine(path)
     assert path.name == f"{dtype}-native-c{CAPACITY}-b3.tensorrt-rtx.engine"
-    assert sidecar["onnx_sha256"] == bundle.manifest["graph_sha256"]
-    assert (sidecar["dtype"], sidecar["kv_cache_capacity"], sidecar["max_batch"]) == (dtype, CAPACITY, 3)
-    assert sidecar["settings"] == {
+    assert sidecar.onnx_sha256 == bundle.manifest["graph_sha256"]
+    assert (sidecar.dtype, sidecar.kv_cache_capacity, sidecar.max_batch) == (dtype, CAPACITY, 3)
+    assert asdict(sidecar.settings) == {
         "tf32": False, "strongly_typed": True, "decomposable_attention": dtype == "float32", "version_compatible": False,
     }  # fmt: skip
-    assert sidecar["layers"]["KV_CACHE_UPDATE"] == 2 * LAYERS
-    assert sidecar["layers"]["ATTENTION_INPUT"] == LAYERS
-    assert sidecar["layers"]["MATRIX_MULTIPLY"] == 7 * LAYERS + 1
-    assert sidecar["profiles"]["prefill"]["input_ids"] == [[1, 1], [1, CAPACITY], [3, CAPACITY]]
-    assert sidecar["profiles"]["decode"]["input_ids"] == [[1, 1], [1, 1], [3, 1]]
-    assert sidecar["profiles"]["decode"]["past_key_values.1.value"][2] == [3, 2, CAPACITY, 16]
-    assert sidecar["compute_capabilities"] == ["8.0"]
-    assert sidecar["forward_compatible"]
-    by_name = {entry["name"]: entry for entry in sidecar["io"]}
-    assert by_name["present.1.key"] == {
-        "name": "present.1.key", "kind": "output", "dtype": dtype, "shape": ["batch_size", 2, CAPACITY, 16],
+    assert sidecar.layers["KV_CACHE_UPDATE"] == 2 * LAYERS
+    assert sidecar.layers["ATTENTION_INPUT"] == LAYERS
+    assert sidecar.layers["MATRIX_MULTIPLY"] == 7 * LAYERS + 1
+    assert sidecar.profiles["prefill"]["input_ids"] == [[1, 1], [1, CAPACITY], [3, CAPACITY]]
+    assert sidecar.profiles["decode"]["input_ids"] == [[1, 1], [1, 1], [3, 1]]
+    assert sidecar.profiles["decode"]["past_key_values.1.value"][2] == [3, 2, CAPACITY, 16]
+    assert sidecar.compute_capabilities == ("8.0",)
+    assert sidecar.forward_compatible
+    by_name = {entry.name: entry for entry in sidecar.io}
+    assert asdict(by_name["present.1.key"]) == {
+        "name": "present.1.key", "kind": "output", "dtype": dtype, "shape": ("batch_size", 2, CAPACITY, 16),
         "alias_of": "past_key_values.1.key",
     }  # fmt: skip
     assert "sequence_length" in by_name, "an input that this RoPE type does not read stays an input"
@@ -102,7 +103,7 @@ def test_check_engine_accepts_what_was_built(built: dict[str, tuple[Bundle, Path
     facts = check_engine(*built[dtype])
     assert facts.not_checked == ()
     assert facts.metrics["in_place_cache_updates"] == 2 * LAYERS
-    assert facts.bytes == built[dtype][1].stat().st_size
+    assert facts.sidecar.bytes == built[dtype][1].stat().st_size
 
 
 def test_a_log_outlives_its_builder() -> None:
@@ -180,7 +181,7 @@ def test_full_tensorrt_needs_a_gpu_and_says_what_it_did_not_check(
     monkeypatch.setattr(_tensorrt.importlib.util, "find_spec", lambda name: name)
     path = Path(build_engine(bundle, config).engine)
     facts = check_engine(bundle, path)
-    assert (path.suffixes[-2:], facts.compute_capabilities) == ([".tensorrt", ".engine"], ("9.0",))
+    assert (path.suffixes[-2:], facts.sidecar.compute_capabilities) == ([".tensorrt", ".engine"], ("9.0",))
     assert "layout is not known for tensorrt" in facts.not_checked[0]
 
 

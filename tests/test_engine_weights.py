@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,14 @@ def test_every_weight_is_an_input_and_the_sidecar_says_where_it_lies(original: t
     sidecar, facts = inspect_engine(path), check_engine(bundle, path)
     assert path.name == "float32-native-c48-b2-weights-input.tensorrt-rtx.engine"
     tensors = {entry.name: entry for entry in bundle_tensors(bundle)}
-    assert [entry["name"] for entry in sidecar["weights"]["tensors"]] == sorted(tensors)
-    for entry in sidecar["weights"]["tensors"]:
-        tensor = tensors[entry["name"]]
-        assert (entry["file"], entry["offset"], entry["nbytes"]) == (tensor.file, tensor.offset, tensor.nbytes)
-    assert sidecar["weights"]["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
-    assert facts.weights == "input"
+    assert [entry.name for entry in sidecar.weights.tensors] == sorted(tensors)
+    for entry in sidecar.weights.tensors:
+        assert entry == tensors[entry.name]
+    assert sidecar.weights.bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert facts.sidecar == sidecar
+    assert sidecar.weights.mode == "input"
     assert not facts.not_checked
-    assert not sidecar["weights_copied_per_run"]
+    assert not sidecar.weights_copied_per_run
 
 
 @pytest.mark.parametrize("ops", ["plugin", "native"])
@@ -104,8 +105,8 @@ def test_one_profile_halves_the_engine(original: tuple[Bundle, Path]) -> None:
     )
     assert "-p1-" in single.name
     facts = check_engine(bundle, single)
-    assert facts.profiles == ("prefill",)
-    assert facts.bytes < 0.7 * path.stat().st_size
+    assert list(facts.sidecar.profiles) == ["prefill"]
+    assert facts.sidecar.bytes < 0.7 * path.stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_a_weight_that_is_copied_in_every_run_is_named(
     bundle = make_bundle(tmp_path / "model", dtype="bfloat16", vocab_size=vocabulary, tie_word_embeddings=tied)
     lines: list[str] = []
     result = build_engine(bundle, INPUT, log=lines.append)
-    assert inspect_engine(Path(result.engine))["weights_copied_per_run"] == copied
+    assert inspect_engine(Path(result.engine)).weights_copied_per_run == tuple(copied)
     assert any("another layout in every run" in line for line in lines) == bool(copied)
     check_engine(bundle, Path(result.engine))
 
@@ -127,10 +128,15 @@ def test_plan_that_reads_a_weight_of_another_shape_is_refused(original: tuple[Bu
     bundle, path = original
     sidecar = inspect_engine(path)
     assert not _plan.read_plan(path.read_bytes(), sidecar, engine_spec.plugin_attributes(bundle.config))[1]
-    sidecar["weights"]["tensors"][1]["shape"] = [1, 2]
-    sidecar["weights"]["tensors"].append(
-        {**sidecar["weights"]["tensors"][2], "name": "model.layers.9.mlp.up_proj.weight"}
+    first, second, third, *others = sidecar.weights.tensors
+    wrong = (
+        first,
+        replace(second, shape=(1, 2)),
+        third,
+        *others,
+        replace(third, name="model.layers.9.mlp.up_proj.weight"),
     )
+    sidecar = replace(sidecar, weights=replace(sidecar.weights, tensors=wrong))
     problems = _plan.read_plan(path.read_bytes(), sidecar, engine_spec.plugin_attributes(bundle.config))[1]
     assert len(problems) == 4, "both in both profiles"
     assert "expected float32 [1, 2]" in problems[0]
@@ -304,7 +310,7 @@ def test_machine_that_is_not_the_engine_s_is_refused_with_both_sides_and_the_com
     driver, version, said = MACHINES[name]
     monkeypatch.setattr(_tensorrt, "_load_driver", lambda: driver)
     with pytest.raises(ArtifactMismatchError, match="not built for this machine") as caught:
-        engine_session.check_machine(check_engine(bundle, path), version, path, bundle)
+        engine_session.check_machine(check_engine(bundle, path).sidecar, version, path, bundle)
     assert set(caught.value.details) == {"engine", said}
     assert "got" in caught.value.details[said]
     assert "engine" in caught.value.details[said]
@@ -319,7 +325,7 @@ def test_the_engine_s_machines_are_accepted(
 ) -> None:
     bundle, path = original
     monkeypatch.setattr(_tensorrt, "_load_driver", lambda: driver)
-    engine_session.check_machine(check_engine(bundle, path), trt.__version__, path, bundle)
+    engine_session.check_machine(check_engine(bundle, path).sidecar, trt.__version__, path, bundle)
 
 
 def test_engine_for_named_gpus_runs_on_those_alone(
@@ -330,7 +336,7 @@ def test_engine_for_named_gpus_runs_on_those_alone(
         ops="native", max_seq_len=48, max_batch=2, weights="input", compute_capabilities=("12.0", "8.9")
     )
     path = Path(build_engine(bundle, config).engine)
-    facts = check_engine(bundle, path)
+    facts = check_engine(bundle, path).sidecar
     assert facts.compute_capabilities == ("8.9", "12.0")
     assert not facts.forward_compatible
     for major, minor, fits in ((8, 9, True), (12, 0, True), (8, 6, False), (12, 1, False)):
@@ -343,11 +349,9 @@ def test_engine_for_named_gpus_runs_on_those_alone(
 
 
 def test_version_compatible_engine_takes_later_versions_of_its_major(original: tuple[Bundle, Path]) -> None:
-    facts = check_engine(*original)
-    built = facts.backend_version
-    later = engine_session.EngineFacts(
-        **{**{name: getattr(facts, name) for name in facts.__slots__}, "version_compatible": True}
-    )
+    sidecar = check_engine(*original).sidecar
+    built = sidecar.backend_version
+    later = replace(sidecar, settings=replace(sidecar.settings, version_compatible=True))
     accepted = [
         version
         for version in (built, "1.7.2.5", "1.9.0.0", "1.6.9.0", "2.0.0.0")
@@ -397,7 +401,7 @@ def test_two_builds_differ_only_in_the_order_of_a_table(original: tuple[Bundle, 
     bundle, path = original
     shutil.copytree(bundle.folder, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
     again = Path(build_engine(load_bundle(tmp_path / "bundle"), INPUT).engine)
-    first, second = (inspect_engine(item) for item in (path, again))
+    first, second = (inspect_engine(item).to_json() for item in (path, again))
     assert first["network_sha256"] == second["network_sha256"]
     assert first["compiled_graphs_sha256"] == second["compiled_graphs_sha256"]
     varying = {"engine_sha256", "build_seconds"}
@@ -411,7 +415,7 @@ def _without(data: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
 def test_another_network_has_other_compiled_graphs(original: tuple[Bundle, Path]) -> None:
     bundle, path = original
     other = Path(build_engine(bundle, EngineConfig(ops="native", max_seq_len=40, max_batch=2, weights="input")).engine)
-    assert inspect_engine(other)["compiled_graphs_sha256"] != inspect_engine(path)["compiled_graphs_sha256"]
+    assert inspect_engine(other).compiled_graphs_sha256 != inspect_engine(path).compiled_graphs_sha256
 
 
 def test_refused_version_says_what_is_missing(original: tuple[Bundle, Path]) -> None:

@@ -192,7 +192,7 @@ def test_an_engine_is_judged_on_texts_it_serves(
 
     engine = tmp_path / "some.engine"
     facts = SimpleNamespace(backend="tensorrt-rtx", max_seq_len=12, max_batch=2)
-    monkeypatch.setattr(head_stages, "check_engine", lambda bundle, path: facts)
+    monkeypatch.setattr(head_stages, "check_engine", lambda bundle, path: SimpleNamespace(sidecar=facts))
     monkeypatch.setattr(head_stages, "execution_blocker", lambda backend: None)
     monkeypatch.setattr(Bundle, "engines", property(lambda self: [engine]))
     for error, verdict in ((0.0, "pass"), (0.01, "fail")):

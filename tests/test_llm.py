@@ -17,15 +17,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import edit_json
+from gpu_stand_ins import FakeDriver
 from support import check_refused, heed_ctrl_c
 from test_generation import DYNAMIC, FakeSession, Script, byte_codec, expected_tokens, prompts_of
 
 import llama_export
-from llama_export import llm
+from llama_export import _tensorrt, engine_session, llm
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.cli import main
 from llama_export.config import ExportConfig
-from llama_export.errors import ConfigError, ShapeError
+from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError
 from llama_export.export import export_checkpoint
 from llama_export.llm import LLM, open_session
 from llama_export.runtime import OnnxRuntimeSession, SamplingParams, TextCodec
@@ -121,7 +123,7 @@ OPENING: dict[str, tuple[dict[str, Any], str]] = {
     "an engine on the CPU": ({"backend": "onnxruntime", "engine": "x.engine"}, "runs no engines"),
     "an engine with threads": ({"engine": "x.engine", "threads": 2}, "an engine has no threads"),
     "an engine with two settings": ({"engine": "x.engine", "max_seq_len": 9, "quantize": "int4"}, "no quantize, max_seq_len"),
-    "an engine that was not built": ({"backend": "tensorrt-rtx"}, "which engine"),
+    "an engine that was not built": ({"backend": "tensorrt-rtx"}, "has no tensorrt-rtx engine"),
     "weights that were not made": ({"quantize": "int8"}, "has no int8 weights"),
     "weights nobody makes": ({"quantize": "int3"}, "int3"),
 }  # fmt: skip
@@ -142,33 +144,94 @@ def test_a_bundle_of_another_task_generates_nothing(make_checkpoint: Any) -> Non
         llama_export.load(folder)
 
 
-def test_auto_takes_the_one_engine_that_this_machine_can_run(
-    built: dict[str, tuple[Bundle, Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from llama_export import engine_session
+class Opened:
+    """Stands for an engine's session."""
 
-    bundle, engine = built["float32"]
-    opened: list[Path] = []
-    monkeypatch.setattr(engine_session, "execution_blocker", lambda backend: "no GPU")
-    monkeypatch.setattr(engine_session, "EngineSession", lambda bundle, path: opened.append(path))
-    assert isinstance(open_session(bundle), OnnxRuntimeSession)
+    def __init__(self, bundle: Bundle, path: Path, *, note: str | None = None) -> None:
+        self.path, self.note = path, note
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions of engines are stand-ins, on a GPU of compute capability 8.9."""
+    monkeypatch.setattr(engine_session, "EngineSession", Opened)
     monkeypatch.setattr(engine_session, "execution_blocker", lambda backend: None)
+    monkeypatch.setattr(_tensorrt, "_load_driver", lambda: FakeDriver(8, 9))
+
+
+def test_auto_takes_an_engine_that_this_machine_can_run_and_says_so(
+    built: dict[str, tuple[Bundle, Path]], on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, engine = built["float32"]
     assert isinstance(open_session(bundle, threads=1), OnnxRuntimeSession), "threads are a CPU's"
     assert isinstance(open_session(bundle, backend="onnxruntime"), OnnxRuntimeSession)
-    open_session(bundle)
-    open_session(bundle, backend="tensorrt-rtx")
-    open_session(bundle, engine=engine)
-    assert opened == [engine] * 3
+    chosen = open_session(bundle)
+    assert chosen.path == engine
+    assert chosen.note.startswith(f"auto: using engine {engine.name}, built by llama_export ")
+    assert "runs its code on the GPU" in chosen.note
+    for settings in ({"backend": "tensorrt-rtx"}, {"engine": engine}):
+        named = open_session(bundle, **settings)
+        assert (named.path, named.note) == (engine, None), "it was asked for by name"
+    monkeypatch.setattr(engine_session, "execution_blocker", lambda backend: "no GPU")
+    here = open_session(bundle)
+    assert (type(here), here.note) == (OnnxRuntimeSession, None)
+    with pytest.raises(ConfigError, match="has no tensorrt engine"):
+        open_session(bundle, backend="tensorrt")
 
-    copy = load_bundle(Path(shutil.copytree(bundle.folder, tmp_path / "two")))
-    for suffix in (".engine", ".json"):
-        shutil.copy(engine.with_suffix(suffix), copy.folder / f"engines/other{suffix}")
-    with pytest.raises(ConfigError, match="which engine\\? This bundle has 2") as caught:
-        open_session(copy)
-    assert "other.engine" in caught.value.details["got"]
-    with pytest.raises(ConfigError, match="which engine\\? This bundle has 0") as caught:
-        open_session(copy, backend="tensorrt")
-    assert "--backend tensorrt" in str(caught.value.hint)
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "a-small": {"max_seq_len": 53},
+    "b-large": {"max_seq_len": 120},
+    "c-larger-batch": {"max_seq_len": 120, "max_batch": 8},
+    "d-equal": {"max_seq_len": 120, "max_batch": 8},
+    "e-another-gpu": {"max_seq_len": 128, "compute_capabilities": ["12.0"]},
+    "f-another-backend": {"max_seq_len": 128, "backend": "tensorrt", "compute_capabilities": ["12.0"]},
+}
+"""Name -> keys of its sidecar. The engine as it was built serves 8.0 and later, 53 tokens, batch 3."""
+
+
+@pytest.fixture
+def several(built: dict[str, tuple[Bundle, Path]], tmp_path: Path) -> Bundle:
+    """A bundle with many engines, which are only looked at."""
+    bundle, engine = built["float32"]
+    copy = Path(shutil.copytree(bundle.folder, tmp_path / "several"))
+    for path in (copy / "engines").iterdir():
+        path.unlink()
+    for name, changes in ENGINES.items():
+        shutil.copy(engine, copy / f"engines/{name}.engine")
+        shutil.copy(engine.with_suffix(".json"), copy / f"engines/{name}.json")
+        edit_json(copy / f"engines/{name}.json", **changes)
+    return load_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "c-larger-batch"),
+        ({"request_tokens": 120}, "c-larger-batch"),
+        ({"backend": "tensorrt-rtx"}, "c-larger-batch"),
+        ({"backend": "tensorrt-rtx", "request_tokens": 128}, "c-larger-batch"),
+        ({"backend": "tensorrt"}, "f-another-backend"),
+    ],
+    ids=str,
+)
+def test_of_several_engines_the_largest_capacity_on_this_gpu_is_taken(
+    several: Bundle, on_a_gpu: None, settings: dict[str, Any], name: str
+) -> None:
+    """The same bundle raised "which engine?" on a GPU and ran on a CPU elsewhere."""
+    assert open_session(several, **settings).path == several.folder / f"engines/{name}.engine"
+
+
+def test_auto_says_why_no_engine_is_used(several: Bundle, on_a_gpu: None) -> None:
+    session = open_session(several, request_tokens=121)
+    assert isinstance(session, OnnxRuntimeSession)
+    assert session.note == "auto: none of the 6 engines serves 121 tokens on this GPU; using the CPU"
+
+
+def test_auto_refuses_a_broken_sidecar_where_engines_run(several: Bundle, on_a_gpu: None) -> None:
+    edit_json(several.folder / "engines/a-small.json", max_batch="three")
+    with pytest.raises(ArtifactMismatchError, match=r"a-small.engine.*max_batch"):
+        open_session(several)
 
 
 # ---- generation -------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_an_engine_with_plugin_layers_is_built(measured: Measured) -> None:
     assert built.plugin_layers == {"LlamaRMSNorm": 1, "LlamaAddRMSNorm": 2 * layers, attention: layers}
     facts = check_engine(bundle, Path(built.engine))
     assert facts.not_checked == ()
-    assert facts.max_seq_len == SCRIPT["LONGEST"]
+    assert facts.sidecar.max_seq_len == SCRIPT["LONGEST"]
 
 
 def test_the_table_in_the_docs_is_whole_and_within_the_limit() -> None:

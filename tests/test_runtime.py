@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import oracles
 import pytest
 import torch
@@ -309,8 +311,11 @@ def test_an_impossible_cache_is_a_shape_error(bundle: Bundle, capacity: int, bat
 
 
 def test_a_graph_that_onnxruntime_cannot_open_is_a_toolchain_error(bundle: Bundle, tmp_path: Path) -> None:
-    broken = Bundle(tmp_path, bundle.manifest, bundle.config)
-    broken.onnxruntime_path.write_bytes(b"this is no model")
+    """A sound graph with an operator that this version does not have."""
+    broken = Bundle(Path(shutil.copytree(bundle.folder, tmp_path / "broken")), bundle.manifest, bundle.config)
+    model = onnx.load(str(broken.onnxruntime_path), load_external_data=False)
+    next(node for node in model.graph.node if node.op_type == "MatMul").op_type = "MatMulOfTomorrow"
+    broken.onnxruntime_path.write_bytes(model.SerializeToString())
     with pytest.raises(ToolchainError, match="cannot open this bundle") as caught:
         OnnxRuntimeSession(broken, max_seq_len=8)
     assert caught.value.exit_code == 3

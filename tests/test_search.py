@@ -266,7 +266,7 @@ def test_an_engine_is_searched_by_engines_of_its_first_layers(
         """The interface of an engine's session over the evaluator."""
 
         def __init__(self, bundle: Bundle, engine: Path) -> None:
-            facts = check_engine(bundle, engine)
+            facts = check_engine(bundle, engine).sidecar
             layers = bundle.config.num_hidden_layers
             built.append((facts.ops, layers))
             evaluator = GraphEvaluator(bundle.model_path, dtype=torch.float32)

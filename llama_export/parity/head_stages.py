@@ -379,7 +379,7 @@ def engine_execution(v: HeadValidator) -> list[Stage]:
     stages = []
     for path in v.bundle.engines:
         name = f"engine/execution/{path.stem}"
-        facts = check_engine(v.bundle, path)
+        facts = check_engine(v.bundle, path).sidecar
         if (blocker := execution_blocker(facts.backend)) is not None:
             stages.append(Stage(name=name, verdict="not-run", reason=blocker))
             continue

@@ -25,10 +25,11 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from llama_export.bundle import Bundle
-from llama_export.config import Backend, EngineConfig, expected_tensors
+from llama_export.config import EngineConfig, expected_tensors
 from llama_export.engine import build_engine
-from llama_export.engine_check import EngineFacts, check_engine
+from llama_export.engine_check import check_engine
 from llama_export.engine_session import EngineSession, execution_blocker
+from llama_export.engine_sidecar import EngineSidecar
 from llama_export.errors import ConfigError, MissingDependencyError
 from llama_export.kv_cache import cache_names
 from llama_export.parity.judge import (
@@ -612,10 +613,12 @@ def _kernel_poisoned(how: str) -> Callable[[CausalValidator], Stage]:
     return run
 
 
-def _engine_artefact(v: CausalValidator, path: Path, facts: EngineFacts) -> Callable[[CausalValidator, Rows], Answers]:
+def _engine_artefact(
+    v: CausalValidator, path: Path, facts: EngineSidecar
+) -> Callable[[CausalValidator, Rows], Answers]:
     """Runs the engine; of a prefix, one that is built in the same way first."""
     config = EngineConfig(
-        backend=cast(Backend, facts.backend), ops=facts.ops, max_seq_len=facts.max_seq_len, max_batch=facts.max_batch, tf32=facts.tf32
+        backend=facts.backend, ops=facts.ops, max_seq_len=facts.max_seq_len, max_batch=facts.max_batch, tf32=facts.settings.tf32
     )  # fmt: skip
 
     def run(which: CausalValidator, rows: Rows) -> Answers:
@@ -632,7 +635,7 @@ def engine_execution(v: CausalValidator) -> list[Stage]:
     stages = []
     for path in v.bundle.engines:
         name = f"engine/execution/{path.stem}"
-        facts = check_engine(v.bundle, path)
+        facts = check_engine(v.bundle, path).sidecar
         blocker = execution_blocker(facts.backend)
         if blocker is not None:
             stages.append(Stage(name=name, verdict="not-run", reason=blocker))

@@ -13,6 +13,7 @@ from typing import Any
 from llama_export.bundle import Bundle, sha256_of_file
 from llama_export.environment import environment
 from llama_export.errors import ConfigError, LlamaExportError, MissingDependencyError
+from llama_export.graph_check import check_graph
 from llama_export.graph_io import INTERFACES
 from llama_export.parity.case import remove_cases
 from llama_export.parity.head_stages import HEAD_STAGES, HeadValidator
@@ -34,9 +35,12 @@ def validate_bundle(
     """Runs every selected stage and reports.
 
     Raises:
+        ArtifactMismatchError: a graph that no export makes: see :mod:`llama_export.graph_check`.
         ConfigError, ShapeError: a name in ``stages`` or ``require`` selects nothing; see also :func:`stages_of`.
     """
     config = config or ValidateConfig()
+    for path in (bundle.model_path, bundle.onnxruntime_path, *map(bundle.variant_path, bundle.variants)):
+        check_graph(bundle, path, by_header=False)
     validator, available = stages_of(bundle, config)
     for selector in (*config.stages, *config.require):
         if not any(matches(name, selector) for name in available):

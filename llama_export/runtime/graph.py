@@ -8,17 +8,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
+from llama_export._files import open_regular
 from llama_export._huge_pages import gather_huge_pages
 from llama_export._process import available_memory, trim_heap
 from llama_export.bundle import Bundle
 from llama_export.config import count_parameters
-from llama_export.errors import ConfigError, MissingDependencyError, ToolchainError, numbered
+from llama_export.errors import ArtifactMismatchError, ConfigError, MissingDependencyError, ToolchainError, numbered
+from llama_export.graph_check import check_graph
 
 Device = Literal["cpu", "cuda"]
 
@@ -34,10 +39,16 @@ class OpenGraph(NamedTuple):
     """What a user must know about its precision and speed, if anything."""
     settle: Callable[[], None] = lambda: None
     """Waits until it runs as fast as it can."""
+    weights: Sequence[Any] = ()
+    """Those that were read into memory: the session uses them where they are."""
 
 
 def open_graph(
-    bundle: Bundle, threads: int | None = None, variant: str | None = None, device: Device = "cpu"
+    bundle: Bundle,
+    threads: int | None = None,
+    variant: str | None = None,
+    device: Device = "cpu",
+    read_weights: bool = False,
 ) -> OpenGraph:
     """Opens a bundle's graph: on a CPU one that computes in float32 whatever the weights are stored in.
 
@@ -52,8 +63,11 @@ def open_graph(
         threads: of onnxruntime's operators; None: one per core.
         variant: ``int8`` or ``int4``: the bundle's quantised weights; None: its own.
         device: what computes.
+        read_weights: read the weights into memory; by default onnxruntime maps their files. If somebody makes a mapped file
+            shorter while the session is open, the system kills the process (SIGBUS), which no program can catch in place.
 
     Raises:
+        ArtifactMismatchError: no export makes such a graph: see :mod:`llama_export.graph_check`.
         ConfigError: the bundle has no such variant, or it is to run on CUDA.
         MissingDependencyError: no onnxruntime.
         ToolchainError: onnxruntime cannot open the graph, or has no such device; its message is attached.
@@ -63,9 +77,10 @@ def open_graph(
     except ModuleNotFoundError as err:
         raise MissingDependencyError("onnxruntime", device) from err
     if device == "cuda":
-        return _open_on_cuda(onnxruntime, bundle, threads, variant)
+        return _open_on_cuda(onnxruntime, bundle, threads, variant, read_weights)
     path = bundle.onnxruntime_path if variant is None else bundle.variant_path(variant)
     options = _session_options(onnxruntime, threads)
+    weights = _weights(onnxruntime, bundle, path, options, read_weights)
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False  # of the arena; one for every shape that ever came
     disabled, note = [], precision_note(bundle.dtype) if variant is None else None
@@ -80,13 +95,43 @@ def open_graph(
     session = _open(onnxruntime, path, options, ["CPUExecutionProvider"], disabled_optimizers=disabled)
     trim_heap()  # of what packing the weights took for a while
     if size < _GATHERED_FROM:
-        return OpenGraph(onnxruntime, session, note)
+        return OpenGraph(onnxruntime, session, note, weights=weights)
     gathering = threading.Thread(target=gather_huge_pages, name="gather_huge_pages", daemon=True)
     gathering.start()
-    return OpenGraph(onnxruntime, session, note, gathering.join)
+    return OpenGraph(onnxruntime, session, note, gathering.join, weights)
 
 
-def _open_on_cuda(onnxruntime: Any, bundle: Bundle, threads: int | None, variant: str | None) -> OpenGraph:
+def _weights(onnxruntime: Any, bundle: Bundle, path: Path, options: Any, read: bool) -> list[Any]:
+    """Checks a graph; reads its weights for a session of these options, if that is asked for.
+
+    Source: ``SessionOptions.add_external_initializers``, which takes them in place of what the graph names.
+    """
+    tensors = check_graph(bundle, path)
+    if not read:
+        return []
+    arrays = []
+    for tensor in tensors:
+        with open_regular(bundle.folder / tensor.file) as stream:
+            stream.seek(tensor.offset)
+            content = np.fromfile(stream, ONNX_ITEMS[tensor.dtype], math.prod(tensor.shape))
+        if content.nbytes != tensor.nbytes:
+            raise ArtifactMismatchError(
+                f"weight file `{tensor.file}` became shorter while it was read",
+                details={"tensor": tensor.name, "got": f"{content.nbytes} bytes", "expected": f"{tensor.nbytes} bytes"},
+                hint="export again when nothing writes to the folder",
+            )
+        arrays.append(content.reshape(tensor.shape))
+    values = [
+        onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.dtype)
+        for array, tensor in zip(arrays, tensors, strict=True)
+    ]
+    options.add_external_initializers([tensor.name for tensor in tensors], values)
+    return [*arrays, *values]
+
+
+def _open_on_cuda(
+    onnxruntime: Any, bundle: Bundle, threads: int | None, variant: str | None, read_weights: bool
+) -> OpenGraph:
     """``model.onnx`` on the first GPU, all of its operators."""
     if variant is not None:
         raise ConfigError(
@@ -94,6 +139,8 @@ def _open_on_cuda(onnxruntime: Any, bundle: Bundle, threads: int | None, variant
             details={"got": f"{variant} on CUDA", "bundle": bundle.folder},
             hint="leave --quantize out, or choose the backend `onnxruntime`",
         )
+    options = _session_options(onnxruntime, threads)
+    weights = _weights(onnxruntime, bundle, bundle.model_path, options, read_weights)
     session = None
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         onnxruntime.preload_dlls(directory="")  # CUDA's libraries from their own wheels, where those are installed
@@ -103,7 +150,7 @@ def _open_on_cuda(onnxruntime: Any, bundle: Bundle, threads: int | None, variant
             session = _open(
                 onnxruntime,
                 bundle.model_path,
-                _session_options(onnxruntime, threads),
+                options,
                 [(_CUDA, _CUDA_OPTIONS), "CPUExecutionProvider"],
             )
         finally:
@@ -119,7 +166,7 @@ def _open_on_cuda(onnxruntime: Any, bundle: Bundle, threads: int | None, variant
             hint="pip install 'llama-export[cuda]' into an environment without the package `onnxruntime`, on a machine with "
             "an NVIDIA driver; `llama-export env` lists what is installed",
         )
-    return OpenGraph(onnxruntime, session, None)
+    return OpenGraph(onnxruntime, session, None, weights=weights)
 
 
 def _driver() -> str:
@@ -131,6 +178,8 @@ def _driver() -> str:
     return "found"
 
 
+ONNX_ITEMS = {1: np.float32, 2: np.uint8, 10: np.float16, 16: np.uint16}
+"""``onnx.TensorProto.DataType`` -> NumPy's type of the same size, for weights as they are stored."""
 _CUDA = "CUDAExecutionProvider"
 _CUDA_OPTIONS = {
     "use_tf32": "0",  # on by default: float32 products would round their inputs to 10 bits
@@ -140,7 +189,7 @@ _CUDA_OPTIONS = {
 
 def _session_options(onnxruntime: Any, threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # it would write errors, in colours and with names from the file, to standard error
     if threads is not None:
         options.intra_op_num_threads = threads
     return options

@@ -90,6 +90,7 @@ class OnnxRuntimeSession(CacheRows):
         threads: of onnxruntime's operators on the CPU; None lets onnxruntime choose (one per core).
         variant: ``int8`` or ``int4``: the bundle's quantised weights; None: its own.
         device: what computes.
+        read_weights: see :func:`~llama_export.runtime.graph.open_graph`.
         graph: from :func:`open_graph` of the same bundle, variant and device, to be shared by sessions that do not run at
             the same time.
 
@@ -110,6 +111,7 @@ class OnnxRuntimeSession(CacheRows):
         threads: int | None = None,
         variant: str | None = None,
         device: Device = "cpu",
+        read_weights: bool = False,
         graph: OpenGraph | None = None,
     ) -> None:
         if bundle.task != "causal-lm":
@@ -129,7 +131,7 @@ class OnnxRuntimeSession(CacheRows):
         self.capacity = max_seq_len
         self.dtype = bundle.dtype
         self.backend = f"onnxruntime-{device}"
-        self._graph = graph or open_graph(bundle, threads, variant, device)
+        self._graph = graph or open_graph(bundle, threads, variant, device, read_weights)
         self._device = device
         self._cache_dtype = "float32" if device == "cpu" else bundle.dtype
         self.note = self._graph.note
@@ -336,7 +338,9 @@ class OnnxRuntimeHeadSession:
         ToolchainError: onnxruntime cannot open the graph, or has no such device; its message is attached.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, device: Device = "cpu") -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, device: Device = "cpu", read_weights: bool = False
+    ) -> None:
         interface = INTERFACES[bundle.task]
         if interface.has_cache:
             raise ConfigError(
@@ -347,9 +351,8 @@ class OnnxRuntimeHeadSession:
         self.config, self.task, self.dtype = bundle.config, bundle.task, bundle.dtype
         self._outputs = list(interface.outputs)
         self.backend = f"onnxruntime-{device}"
-        graph = open_graph(bundle, threads, device=device)
-        self._session = graph.session
-        self.note = graph.note
+        self._graph = open_graph(bundle, threads, device=device, read_weights=read_weights)
+        self.note = self._graph.note
         """What a user must know about precision and speed of this session, if anything."""
 
     def run(
@@ -374,7 +377,7 @@ class OnnxRuntimeHeadSession:
         ids, mask = checked_texts(input_ids, attention_mask, self.config, self.task)
         feeds = {"input_ids": ids, "attention_mask": mask}
         try:
-            found = self._session.run(self._outputs, feeds)
+            found = self._graph.session.run(self._outputs, feeds)
         except Exception as err:
             raise _cannot_run(feeds, err) from err
         return dict(zip(self._outputs, found, strict=True))

@@ -30,6 +30,7 @@ from llama_export.bundle import Bundle, load_bundle
 from llama_export.config import CUSTOM_OPS, EngineConfig, ExportConfig
 from llama_export.engine import build_engine, installed_plugins
 from llama_export.engine_check import check_engine, inspect_engine
+from llama_export.engine_sidecar import PluginIdentity
 from llama_export.errors import ArtifactMismatchError, EngineBuildError, LlamaExportError, ToolchainError
 from llama_export.export import export_checkpoint
 from llama_export.ops import OP_SPECS
@@ -81,12 +82,14 @@ def test_every_custom_op_is_a_plugin_layer(source: Path, tmp_path: Path, dtype: 
     assert Path(result.engine).name == f"{dtype}-plugin-c32-b2.tensorrt-rtx.engine"
     assert made.model_path.read_bytes() == before, "the ONNX file is the very one onnxruntime's graph comes from"
     facts = check_engine(made, Path(result.engine))
-    assert facts.plugin_layers == ALL
-    assert facts.layers["PLUGIN_V3"] == 7
-    assert "KV_CACHE_UPDATE" not in facts.layers
+    assert facts.sidecar.plugin_layers == ALL
+    assert facts.sidecar.layers["PLUGIN_V3"] == 7
+    assert "KV_CACHE_UPDATE" not in facts.sidecar.layers
     assert facts.not_checked == ()
     library = plugins.find_library()
-    assert facts.plugin_library == {"version": library.version, "abi": library.abi, "sha256": library.sha256}
+    assert facts.sidecar.plugin_library == PluginIdentity(
+        version=library.version, abi=library.abi, sha256=library.sha256
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,9 +105,9 @@ def test_ops_choose_plugin_or_native(bundle: Bundle, ops: str, expected: dict[st
     result = build_engine(bundle, replace(SMALL, ops=ops, force=True))
     assert result.plugin_layers == expected
     facts = check_engine(bundle, Path(result.engine))
-    assert facts.layers.get("PLUGIN_V3", 0) == sum(expected.values())
-    assert facts.layers.get("KV_CACHE_UPDATE", 0) == (0 if "LlamaAttention" in expected else 4)
-    assert (facts.plugin_library is None) == (not expected)
+    assert facts.sidecar.layers.get("PLUGIN_V3", 0) == sum(expected.values())
+    assert facts.sidecar.layers.get("KV_CACHE_UPDATE", 0) == (0 if "LlamaAttention" in expected else 4)
+    assert (facts.sidecar.plugin_library is None) == (not expected)
 
 
 def test_the_table_of_ops_the_library_and_the_engine_agree() -> None:
@@ -366,8 +369,8 @@ def test_a_plan_of_another_abi_or_workspace_is_refused(
 
 def test_inspect_shows_the_plugin_layers(built: Path) -> None:
     sidecar = inspect_engine(built)
-    assert sidecar["plugin_layers"] == ALL
-    assert sidecar["ops"] == "plugin"
+    assert sidecar.plugin_layers == ALL
+    assert sidecar.ops == "plugin"
 
 
 def test_an_engine_is_not_loaded_with_another_library(
