@@ -424,7 +424,7 @@ def model_proto(graph: ir.Model, checkpoint: Checkpoint, dtype: str, target: ops
     _reference_weights(model.graph, checkpoint, getattr(ir.DataType, _ONNX_DTYPE[dtype]))
     proto = ir.to_proto(model)
     del proto.functions[:]
-    proto.functions.extend(ops.function_protos(target))
+    proto.functions.extend(ops.function_protos(target, checkpoint.config.head_dim))
     return proto
 
 
