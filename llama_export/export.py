@@ -415,7 +415,7 @@ def _check_counts(graph: ir.Graph, config: LlamaConfig, task: Task) -> None:
         )
 
 
-_READERS: dict[ops.Target, str] = {
+_READERS = {
     "standard": "TensorRT, and ONNX readers of opset 24 that have kernels for {dtype}",
     "onnxruntime": "onnxruntime on a CPU, which computes it in {dtype}",
 }
