@@ -62,7 +62,7 @@ def model(target: Target, heads: int, groups: int, head_dim: int) -> bytes:
         [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs],
     )
     imports = [onnx.helper.make_opsetid("", OPSET_VERSION), onnx.helper.make_opsetid(DOMAIN, 1)]
-    functions = ops.function_protos(target)
+    functions = ops.function_protos(target, head_dim)
     content: bytes = onnx.helper.make_model(
         graph, functions=functions, opset_imports=imports, ir_version=11
     ).SerializeToString()

@@ -186,7 +186,12 @@ def export_checkpoint(
             io=io_table(standard),
             ops={op: ops.OP_SPECS[op].version for op in sorted(custom_op_counts(standard))},
             functions={
-                target: {"file": name, "sha256": sha256_of_file(staging / name), "dtype": target_dtype}
+                target: {
+                    "file": name,
+                    "sha256": sha256_of_file(staging / name),
+                    "dtype": target_dtype,
+                    "readers": _READERS[target].format(dtype=target_dtype),
+                }
                 for target, (name, target_dtype, _) in models.items()
             },
             kv_cache={"layout": LAYOUT, "dtype": dtype, "granularity": GRANULARITY}
@@ -201,7 +206,7 @@ def export_checkpoint(
         (staging / MANIFEST_NAME).write_bytes(json_bytes(manifest))
     seconds = time.perf_counter() - start
     referenced = 0 if embed else checkpoint.weight_bytes
-    log(f"export: done in {seconds:.1f} s, {written:,} weight bytes written, {referenced:,} referenced")
+    log(f"export: done in {seconds:.1f} s after imports, {written:,} weight bytes written, {referenced:,} referenced")
     return ExportResult(
         bundle=str(destination.folder),
         model=str(destination.folder / MODEL_NAME),
@@ -410,6 +415,13 @@ def _check_counts(graph: ir.Graph, config: LlamaConfig, task: Task) -> None:
         )
 
 
+_READERS = {
+    "standard": "TensorRT, and ONNX readers of opset 24 that have kernels for {dtype}",
+    "onnxruntime": "onnxruntime on a CPU, which computes it in {dtype}",
+}
+"""Who opens which graph. onnxruntime's CPU provider has no kernels for bfloat16, so it does not open ``standard`` then."""
+
+
 def model_proto(graph: ir.Model, checkpoint: Checkpoint, dtype: str, target: ops.Target) -> onnx.ModelProto:
     """A complete model of one dtype and target: weights by reference, function bodies added.
 
@@ -424,7 +436,7 @@ def model_proto(graph: ir.Model, checkpoint: Checkpoint, dtype: str, target: ops
     _reference_weights(model.graph, checkpoint, getattr(ir.DataType, _ONNX_DTYPE[dtype]))
     proto = ir.to_proto(model)
     del proto.functions[:]
-    proto.functions.extend(ops.function_protos(target))
+    proto.functions.extend(ops.function_protos(target, checkpoint.config.head_dim))
     return proto
 
 

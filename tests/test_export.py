@@ -340,7 +340,7 @@ def test_every_file_states_its_versions_and_holds_the_bodies_of_its_target(tiny_
             assert {item.domain: item.version for item in model.opset_import} == {"": 24, "llama_export": 1}
             assert (model.ir_version, model.producer_name) == (11, "llama_export")
             functions = {function.name: function for function in model.functions}
-            assert functions == {proto.name: proto for proto in ops.function_protos(target)}
+            assert functions == {proto.name: proto for proto in ops.function_protos(target, 16)}
 
 
 def test_files_hold_no_path_and_no_trace_of_this_machine(

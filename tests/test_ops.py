@@ -398,7 +398,7 @@ def one_node_model(spec: OpSpec, target: Target, attributes: Mapping[str, Any]) 
     )
     return onnx.helper.make_model(
         graph,
-        functions=ops.function_protos(target),
+        functions=ops.function_protos(target, 16),
         opset_imports=[onnx.helper.make_opsetid("", OPSET_VERSION), onnx.helper.make_opsetid(DOMAIN, 1)],
         ir_version=11,
     )

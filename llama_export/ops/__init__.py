@@ -99,6 +99,11 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     return {torch_overload(spec): translate(spec) for spec in OP_SPECS.values()}
 
 
-def function_protos(target: Target) -> list[Any]:
-    """The ``onnx.FunctionProto`` of every op for one target."""
-    return [spec.function_proto(target) for spec in OP_SPECS.values()]
+def function_protos(target: Target, head_dim: int) -> list[Any]:
+    """The ``onnx.FunctionProto`` of every op for one target.
+
+    onnxruntime's own attention operator takes a ``head_dim`` that is a multiple of 8 only. For any other the op keeps its
+    standard body, whose cost grows with the capacity of the cache.
+    """
+    standard = {ATTENTION.op_type} if head_dim % 8 else set()
+    return [spec.function_proto("standard" if name in standard else target) for name, spec in OP_SPECS.items()]
