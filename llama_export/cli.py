@@ -26,6 +26,7 @@ import click
 from click.core import ParameterSource
 
 from llama_export import __version__
+from llama_export._interrupt import interrupts_expected, watched
 from llama_export._process import collector_paused
 from llama_export.config import (
     BACKENDS,
@@ -522,7 +523,8 @@ def chat(
         if hasattr(stream, "reconfigure"):  # bytes that are no text are refused in words; what cannot be shown is a `?`
             stream.reconfigure(errors=errors)
     if sys.stdin.isatty() and sys.stdout.isatty() and not as_json:
-        terminal_chat.TerminalChat(conversation, out=sys.stdout, color=terminal_chat.wants_color(sys.stdout)).run()
+        with interrupts_expected():
+            terminal_chat.TerminalChat(conversation, out=sys.stdout, color=terminal_chat.wants_color(sys.stdout)).run()
         return
     if llm.session.note:
         _log(f"chat: {llm.session.note}")
@@ -811,6 +813,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.suppress(ValueError):  # not in the main thread
         # A terminated export must still remove its temporary folder: turn the signal into an exception.
         signal.signal(signal.SIGTERM, _terminate)
+    with watched():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     try:
         # Not cli.main(): it turns a closed pipe into exit code 1, which here means that parity failed.
         with cli.make_context("llama-export", arguments) as context:

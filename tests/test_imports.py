@@ -20,7 +20,7 @@ PACKAGE = Path(llama_export.__file__).parent
 ORDER = (
     ("__init__",),
     ("errors",),
-    ("_huge_pages", "_process", "_files", "_typed", "environment"),
+    ("_huge_pages", "_interrupt", "_process", "_files", "_typed", "environment"),
     ("_commit",),
     ("config",),
     ("checkpoint", "kv_cache"),
@@ -51,6 +51,7 @@ RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 BASE = (
     "errors",
     "_huge_pages",
+    "_interrupt",
     "_process",
     "_files",
     "_typed",
