@@ -836,7 +836,10 @@ def _main(arguments: list[str]) -> int:
         return 2
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
-        return 130
+        return 128 + signal.SIGINT
+    except _Terminated:
+        click.echo("interrupted", err=True)
+        return 128 + signal.SIGTERM
     except BrokenPipeError:
         # The reader of stdout is gone (`| head`): what any program says that SIGPIPE ended, and never "passed".
         sys.stdout = None
@@ -909,5 +912,9 @@ def _print_error(
         click.echo(json.dumps({"error": error}, indent=2, ensure_ascii=False))
 
 
+class _Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt, it passes every ``except Exception``."""
+
+
 def _terminate(signum: int, frame: object) -> None:
-    raise SystemExit(128 + signum)
+    raise _Terminated

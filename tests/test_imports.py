@@ -160,7 +160,7 @@ def test_reference_model_knows_neither_onnx_nor_tensorrt(path: Path) -> None:
 
 
 def test_command_line_imports_only_light_modules_of_the_package() -> None:
-    assert own_units(PACKAGE / "cli.py", deep=False) == {"__init__", "_process", "config", "errors"}
+    assert own_units(PACKAGE / "cli.py", deep=False) == {"__init__", "_interrupt", "_process", "config", "errors"}
 
 
 def test_parity_results_and_metrics_need_no_torch() -> None:
