@@ -135,6 +135,7 @@ def _report(data: _Place) -> ParityReport:
         model={key: item.value for key, item in data["model"].object().items()},
         created_at=data["created_at"].text(),
         deviations=data["deviations"].array(_Place.text),
+        interrupted=data.value.get("interrupted", False) is True,
     )
     names = [stage.name for stage in report.stages]
     if len(set(names)) < len(names):

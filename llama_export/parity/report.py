@@ -56,12 +56,13 @@ def require_plots() -> None:
         raise MissingDependencyError("matplotlib", "parity") from err
 
 
-def write_report(report: ParityReport, folder: Path) -> dict[str, Path]:
+def write_report(report: ParityReport, folder: Path, *, plots: bool = True) -> dict[str, Path]:
     """Writes ``parity.html``, ``parity.md``, ``junit.xml`` and, last, ``parity.json``. Same report, same bytes.
 
     Args:
         report: what a validation found.
         folder: made if need be; files of an earlier report in it are replaced one by one.
+        plots: draw them, which takes a second or more.
 
     Returns:
         Paths by kind: ``html``, ``markdown``, ``junit``, ``json``.
@@ -71,7 +72,7 @@ def write_report(report: ParityReport, folder: Path) -> dict[str, Path]:
         ToolchainError: no space. ExportError: any other failure to write.
     """
     files = {
-        "html": ("parity.html", html_from_report(report).encode()),
+        "html": ("parity.html", html_from_report(report, plots=plots).encode()),
         "markdown": ("parity.md", markdown_from_report(report).encode()),
         "junit": ("junit.xml", junit_from_report(report)),
         "json": ("parity.json", json_bytes(clean(report.to_json()))),
@@ -85,17 +86,25 @@ def write_report(report: ParityReport, folder: Path) -> dict[str, Path]:
     return {kind: folder / name for kind, (name, _) in files.items()}
 
 
-def html_from_report(report: ParityReport) -> str:
+def html_from_report(report: ParityReport, *, plots: bool = True) -> str:
     """One page without scripts or external resources.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    drawings = {
-        "overview": plot_overview(report),
-        "plots": [(stage, *plot) for stage in report.stages for plot in plot_series(stage)],
-        "logits": [(stage, *plot) for stage in report.stages if (plot := plot_logits(stage)) is not None],
-    }
+    drawings: dict[str, Any] = (
+        {
+            "overview": None,
+            "plots": [],
+            "logits": [],
+        }
+        if not plots
+        else {
+            "overview": plot_overview(report),
+            "plots": [(stage, *plot) for stage in report.stages for plot in plot_series(stage)],
+            "logits": [(stage, *plot) for stage in report.stages if (plot := plot_logits(stage)) is not None],
+        }
+    )
     return _render("report.html.j2", report, **drawings, version=__version__)
 
 
