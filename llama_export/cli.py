@@ -703,12 +703,13 @@ def bench(
 
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
     needed = _needed(prompt_tokens, new_tokens, opened.config.max_length)
-    result = bench_bundle(
-        opened,
-        lambda: open_session(opened, request_tokens=needed, **session),
-        prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs, threads=session["threads"],
-        quantize=session["quantize"],
-    )  # fmt: skip
+    with _progress("runs") as progress:
+        result = bench_bundle(
+            opened,
+            lambda: open_session(opened, request_tokens=needed, **session),
+            prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs, threads=session["threads"],
+            quantize=session["quantize"], progress=progress,
+        )  # fmt: skip
     if as_json:
         _print({**dataclasses.asdict(result), "bandwidth_share": result.bandwidth_share}, True, "")
     else:

@@ -7,8 +7,10 @@ form shows the same ones. A stage that did not run is listed as such in each of 
 
 from __future__ import annotations
 
+import os
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from rich.text import Text
 
 from llama_export import __version__
 from llama_export.bundle import json_bytes, write_atomically, write_error
-from llama_export.errors import MissingDependencyError
+from llama_export.errors import ConfigError, MissingDependencyError
 from llama_export.parity.diff import ReportDiff, StageDiff
 from llama_export.parity.plots import plot_logits, plot_overview, plot_series
 from llama_export.parity.result import ParityReport
@@ -49,11 +51,21 @@ def require_plots() -> None:
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
+        ConfigError: SOURCE_DATE_EPOCH, which matplotlib reads, is not a time.
     """
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as err:
         raise MissingDependencyError("matplotlib", "parity") from err
+    stated = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        datetime.fromtimestamp(int(stated or 0), UTC)
+    except (ValueError, OverflowError, OSError) as err:
+        raise ConfigError(
+            "the environment variable SOURCE_DATE_EPOCH is not a time",
+            details={"got": ascii(stated), "expected": "seconds since 1970, as in 1700000000"},
+            hint="unset it",
+        ) from err
 
 
 def write_report(report: ParityReport, folder: Path, *, plots: bool = True) -> dict[str, Path]:
