@@ -34,6 +34,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from llama_export._files import read_small
+from llama_export._interrupt import committing, undone
 
 COMMIT_NAME = ".llama-export.commit"
 _OBSOLETE_NAME = ".obsolete"
@@ -60,7 +61,8 @@ def staging_folder(home: Path) -> Iterator[Path]:
         staging.mkdir()
         lock = _lock(staging, wait=False)
     try:
-        yield staging
+        with undone(lambda: shutil.rmtree(staging, ignore_errors=True)):
+            yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
@@ -117,9 +119,12 @@ class UnfinishedCommitError(OSError):
 def replace_folder(staging: Path, target: Path) -> None:
     """``staging`` becomes ``target``; a folder that was there may be left under the name ``staging``, for removal."""
     sync_folder(staging)
-    if not (target.exists() and any(target.iterdir())):
-        os.rename(staging, target)  # over an empty folder too
-    elif not exchange(staging, target):
+    with committing:
+        is_new = not (target.exists() and any(target.iterdir()))
+        if is_new:
+            os.rename(staging, target)  # over an empty folder too
+        done = is_new or exchange(staging, target)
+    if not done:
         commit(staging, target, obsolete=set(os.listdir(target)) - set(os.listdir(staging)) - {COMMIT_NAME})
 
 
@@ -156,7 +161,8 @@ def commit(staging: Path, folder: Path, obsolete: Collection[str] = (), unsynced
     sync_folder(staging, unsynced)
     while True:
         try:
-            os.rename(staging, folder / COMMIT_NAME)
+            with committing:
+                os.rename(staging, folder / COMMIT_NAME)
             break
         except OSError as err:
             if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):

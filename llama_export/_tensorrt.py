@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_export._interrupt import Deferred
 from llama_export.bundle import Progress
 from llama_export.errors import ArtifactMismatchError, MissingDependencyError, ToolchainError
 
@@ -322,13 +323,13 @@ def plan_writer(trt: Any, path: Path) -> Any:
     return PlanWriter()
 
 
-def progress_monitor(trt: Any, progress: Progress) -> Any:
-    """Forwards the builder's outermost phases; an exception in ``progress`` (or Ctrl-C) cancels the build."""
+def progress_monitor(trt: Any, progress: Progress, signalled: Deferred) -> Any:
+    """Forwards the builder's outermost phases. An exception in ``progress``, kept in ``error``, or a signal cancels the build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.interruption: BaseException | None = None
+            self.error: BaseException | None = None
             self._steps: dict[str, int] = {}
             self._root: str | None = None
 
@@ -343,8 +344,8 @@ def progress_monitor(trt: Any, progress: Progress) -> Any:
                 try:
                     progress(phase_name, step + 1, self._steps[phase_name])
                 except BaseException as err:  # noqa: BLE001 - it must not cross TensorRT's C++ frames; raised after them
-                    self.interruption = err
-            return self.interruption is None
+                    self.error = err
+            return self.error is None and not signalled
 
         def phase_finish(self, phase_name: str) -> None:
             self._steps.pop(phase_name, None)

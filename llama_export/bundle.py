@@ -39,6 +39,7 @@ from llama_export._commit import (
     sync,
 )
 from llama_export._files import is_plain_name, leads_out, open_regular
+from llama_export._interrupt import undone
 from llama_export.checkpoint import (
     INDEX_NAME,
     TOKENIZER_FILES,
@@ -581,9 +582,15 @@ def staged_bundle(destination: Destination) -> Iterator[Path]:
     target = destination.folder
     home = target if destination.in_place else target.resolve().parent
     new_parents = [folder for folder in (home, *home.parents) if not folder.exists()]
+
+    def remove_new_parents() -> None:
+        with contextlib.suppress(OSError):  # not empty: the bundle is in it, or another process uses it
+            for folder in new_parents:
+                folder.rmdir()
+
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with staging_folder(home) as staging:
+        with undone(remove_new_parents), staging_folder(home) as staging:
             yield staging
             if destination.in_place:
                 # An export's manifest knows no quantised variant: those of the export before it go with that one's.
@@ -596,9 +603,7 @@ def staged_bundle(destination: Destination) -> Iterator[Path]:
     except OSError as err:
         raise write_error(err, home) from err
     finally:
-        with contextlib.suppress(OSError):  # not empty: the bundle is in it, or another process uses it
-            for folder in new_parents:
-                folder.rmdir()
+        remove_new_parents()
 
 
 @contextlib.contextmanager
@@ -629,18 +634,22 @@ def write_atomically(path: Path, data: bytes) -> None:
         ToolchainError: no space. ExportError: any other failure to write.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+    def remove() -> None:
+        with contextlib.suppress(OSError):  # renamed, or it is the folder that is at fault
+            temporary.unlink()
+
     try:
-        with temporary.open("wb") as stream:
+        with undone(remove), temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
         sync(path.parent)
     except OSError as err:
         raise write_error(err, path) from err
     finally:
-        with contextlib.suppress(OSError):  # it may be the folder that is at fault
-            temporary.unlink()
+        remove()
 
 
 def write_error(err: OSError, where: Path) -> ToolchainError | ExportError:

@@ -7,10 +7,12 @@ error. Heavy packages are imported by the command that needs them, so ``--help``
 from __future__ import annotations
 
 import atexit
+import codecs
 import contextlib
 import dataclasses
 import errno
 import functools
+import io
 import json
 import os
 import secrets
@@ -20,12 +22,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 from click.core import ParameterSource
 
 from llama_export import __version__
+from llama_export._interrupt import interrupts_expected, watched
 from llama_export._process import collector_paused
 from llama_export._text import printable, printable_json, terminal_text
 from llama_export.config import (
@@ -42,6 +45,8 @@ from llama_export.config import (
 from llama_export.errors import ConfigError, LlamaExportError, ShapeError, ToolchainError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from llama_export.bundle import Bundle
     from llama_export.llm import Completion, TextGeneration
 
@@ -97,6 +102,12 @@ def _session_options(function: Callable[..., None]) -> Callable[..., None]:
 @click.version_option(__version__, "-V", "--version", prog_name="llama-export")
 def cli() -> None:
     """Turn a Llama checkpoint into ONNX and TensorRT engines that are proven to compute what the checkpoint computes."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as err:
+        raise ConfigError(
+            "the working directory does not exist any more", hint="change to a folder that exists: cd /"
+        ) from err
 
 
 @cli.command()
@@ -524,7 +535,8 @@ def chat(
         if hasattr(stream, "reconfigure"):  # bytes that are no text are refused in words; what cannot be shown is a `?`
             stream.reconfigure(errors=errors)
     if sys.stdin.isatty() and sys.stdout.isatty() and not as_json:
-        terminal_chat.TerminalChat(conversation, out=sys.stdout, color=terminal_chat.wants_color(sys.stdout)).run()
+        with interrupts_expected():
+            terminal_chat.TerminalChat(conversation, out=sys.stdout, color=terminal_chat.wants_color(sys.stdout)).run()
         return
     if llm.session.note:
         _log(f"chat: {llm.session.note}")
@@ -560,16 +572,17 @@ def chat(
     metavar="DIR",
     help="What BUNDLE was exported from, where its weights are embedded and it holds no checkpoint itself.",
 )
+@click.option("--resume", is_flag=True, help="Go on with a validation that was interrupted.")
 @_ignore_hashes
 @_json_flag
 def validate(
     bundle: Path, stages: str, require: str, steps: int, seed: int, text: Path | None, report: Path | None,
-    checkpoint: Path | None, ignore_hashes: bool, as_json: bool,
+    checkpoint: Path | None, resume: bool, ignore_hashes: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Prove, stage by stage, that BUNDLE computes what the checkpoint computes."""
-    from rich.console import Console
 
     from llama_export.bundle import load_bundle
+    from llama_export.parity import journal
     from llama_export.parity.judge import ValidateConfig
     from llama_export.parity.report import print_summary, require_plots, write_report
     from llama_export.parity.validate import validate_bundle
@@ -578,15 +591,23 @@ def validate(
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
     config = ValidateConfig(
         stages=_names(stages), require=_names(require), steps=steps, seed=seed, text=text, cases=folder / "operations",
-        checkpoint=checkpoint,
+        checkpoint=checkpoint, journal=folder / journal.FOLDER, resume=resume,
     )  # fmt: skip
     require_plots()  # minutes of work must not end without the report
-    found = validate_bundle(opened, config, log=_log)
+    try:
+        with _progress("stages") as progress:
+            found = validate_bundle(opened, config, log=_log, progress=progress)
+    except (KeyboardInterrupt, _Terminated):
+        with contextlib.suppress(LlamaExportError):  # no stage had begun
+            journal.publish(folder / journal.FOLDER)
+            _log(f"validate: what was found so far is in {folder / journal.FOLDER}; --resume goes on")
+        raise
     files = write_report(found, folder)
+    journal.remove(folder / journal.FOLDER)
     if as_json:
         _print(found.to_json(), True, "")
     else:
-        print_summary(found, Console())
+        print_summary(found, _console())
         click.echo(f"report: {files['html']}")
     if found.verdict != "pass":
         raise _ParityFailed
@@ -637,7 +658,6 @@ def report() -> None:
 @_json_flag
 def diff(old: Path, new: Path, factor: float, markdown: Path | None, as_json: bool) -> None:
     """Compare two reports of one model, parity.json or its folder: exit code 5 if NEW says less, or worse, than OLD."""
-    from rich.console import Console
 
     from llama_export.bundle import write_atomically
     from llama_export.parity.diff import diff_reports
@@ -650,7 +670,7 @@ def diff(old: Path, new: Path, factor: float, markdown: Path | None, as_json: bo
     if as_json:
         _print(found.to_json(), True, "")
     else:
-        print_diff(found, Console())
+        print_diff(found, _console())
     if found.drifted:
         raise _Drifted
 
@@ -678,7 +698,6 @@ def bench(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Time prefill and decode of BUNDLE; on a CPU beside the bandwidth of the memory."""
-    from rich.console import Console
 
     from llama_export.bundle import load_bundle
     from llama_export.llm import open_session
@@ -686,16 +705,17 @@ def bench(
 
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
     needed = _needed(prompt_tokens, new_tokens, opened.config.max_length)
-    result = bench_bundle(
-        opened,
-        lambda: open_session(opened, request_tokens=needed, **session),
-        prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs, threads=session["threads"],
-        quantize=session["quantize"],
-    )  # fmt: skip
+    with _progress("runs") as progress:
+        result = bench_bundle(
+            opened,
+            lambda: open_session(opened, request_tokens=needed, **session),
+            prompt_tokens=prompt_tokens, new_tokens=new_tokens, runs=runs, threads=session["threads"],
+            quantize=session["quantize"], progress=progress,
+        )  # fmt: skip
     if as_json:
         _print({**dataclasses.asdict(result), "bandwidth_share": result.bandwidth_share}, True, "")
     else:
-        print_bench(result, Console())
+        print_bench(result, _console())
 
 
 @cli.command()
@@ -704,13 +724,11 @@ def bench(
 def inspect(path: Path, as_json: bool) -> None:
     """Show what a bundle, or an engine file, is made of."""
     if path.suffix == ".engine":
-        from rich.console import Console
-
         from llama_export.inspection import describe_engine, print_engine
 
         data = describe_engine(path)
         if not as_json:
-            print_engine(data, Console())
+            print_engine(data, _console())
             return
     else:
         from llama_export.bundle import load_bundle
@@ -772,8 +790,18 @@ def env(as_json: bool) -> None:
 # ---- output and exit codes --------------------------------------------------------------------------------------
 
 
+_live: Console | None = None
+"""The console of a progress bar that is being shown: lines are printed above it."""
+
+
 def _log(line: str) -> None:
-    click.echo(printable(line), err=True)
+    """A line on stderr, above a progress bar if one is shown. Work goes on if nobody can read it."""
+    with contextlib.suppress(OSError):
+        line = printable(line)
+        if _live is not None:
+            _live.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            click.echo(line, err=True)
 
 
 def _write(text: str) -> None:
@@ -782,29 +810,56 @@ def _write(text: str) -> None:
 
 
 def _print(data: Any, as_json: bool, text: str) -> None:
-    click.echo(printable_json(data) if as_json else printable(text))
+    click.echo(_json(data) if as_json else printable(text))
+
+
+def _json(data: Any) -> str:
+    """A document for stdout, in ASCII where stdout cannot hold more."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    is_unicode = codecs.lookup(encoding).name.startswith("utf")
+    return printable_json(data) if is_unicode else json.dumps(data, indent=2)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """A rich console that treats a closed pipe as every other writer does; rich's own ends the process with 1."""
+    from rich.console import Console
+
+    class PipeConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return PipeConsole(stderr=stderr)
 
 
 @contextlib.contextmanager
-def _progress(unit: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr while it is a terminal; nothing otherwise."""
+def _progress(unit: Literal["bytes", "steps", "stages", "runs"]) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr while it is a terminal; nothing otherwise.
+
+    One bar per name, for work that has several at a time; stages and runs follow each other and share one bar.
+    """
+    global _live
     if not sys.stderr.isatty():
         yield lambda name, done, total: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = _console(stderr=True)
+    with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def update(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total)
-            bars.update(tasks[name], completed=done, total=total)
+            key = unit if unit in ("stages", "runs") else name
+            if key not in tasks:
+                tasks[key] = bars.add_task(name, total=total)
+            bars.update(tasks[key], description=name, completed=done, total=total)
 
-        yield update
+        _live = console
+        try:
+            yield update
+        finally:
+            _live = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -813,6 +868,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.suppress(ValueError):  # not in the main thread
         # A terminated export must still remove its temporary folder: turn the signal into an exception.
         signal.signal(signal.SIGTERM, _terminate)
+    _open_standard_streams()
+    with watched():
+        return _main(arguments)
+
+
+def _open_standard_streams() -> None:
+    """Text that a stream cannot hold is escaped; a stream that the caller closed takes everything and keeps nothing."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file that is opened would become stdout
+        pass
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _main(arguments: list[str]) -> int:
+    """:func:`main` once signals and streams are taken care of."""
     try:
         # Not cli.main(): it turns a closed pipe into exit code 1, which here means that parity failed.
         with cli.make_context("llama-export", arguments) as context:
@@ -826,12 +901,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Drifted:
         return 5
     except click.ClickException as err:
-        err.show()
+        with contextlib.suppress(OSError):
+            err.show()
         _print_error(arguments, err.format_message(), exit_code=2)
         return 2
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return 130
+        _log("interrupted")
+        return 128 + signal.SIGINT
+    except _Terminated:
+        _log("interrupted")
+        return 128 + signal.SIGTERM
     except BrokenPipeError:
         # The reader of stdout is gone (`| head`): what any program says that SIGPIPE ended, and never "passed".
         sys.stdout = None
@@ -877,15 +956,14 @@ def _error_from_os(err: OSError) -> LlamaExportError:
 def _report_error(err: LlamaExportError, arguments: Sequence[str]) -> int:
     # https://no-color.org: any non-empty value
     label = "error:" if os.environ.get("NO_COLOR") else click.style("error:", fg="red", bold=True)
-    click.echo(f"{label} {err}", err=True)
+    _log(f"{label} {err}")
     _print_error(arguments, err.message, details=err.details, hint=err.hint, exit_code=err.exit_code)
     return err.exit_code
 
 
 def _report_bug(err: Exception, arguments: Sequence[str]) -> int:
-    click.echo(printable("".join(traceback.format_exception(err))), err=True)
     hint = "this is a bug in llama-export: please report it with the output of `llama-export env`"
-    click.echo(f"\n{hint}", err=True)
+    _log(f"{''.join(traceback.format_exception(err))}\n{hint}")
     _print_error(arguments, f"{type(err).__name__}: {err}", hint=hint, exit_code=4)
     return 4
 
@@ -901,8 +979,12 @@ def _print_error(
     """With ``--json`` an error is a document on stdout too."""
     if "--json" in arguments and sys.stdout is not None:
         error = {"message": message, "details": details or {}, "hint": hint, "exit_code": exit_code}
-        click.echo(printable_json({"error": error}))
+        click.echo(_json({"error": error}))
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt, it passes every ``except Exception``."""
 
 
 def _terminate(signum: int, frame: object) -> None:
-    raise SystemExit(128 + signum)
+    raise _Terminated

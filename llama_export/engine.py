@@ -35,6 +35,7 @@ from typing import Any, cast
 
 from llama_export import __version__, plugins
 from llama_export._commit import commit, staging_folder
+from llama_export._interrupt import deferred, undone
 from llama_export._plan import is_readable, read_plan
 from llama_export._process import peak_rss_bytes
 from llama_export._tensorrt import (
@@ -382,9 +383,11 @@ def _parse(
     if library is not None:
         parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
         plugins.take_library_error(library)  # an earlier parse may have left one
-    parsed = parser.load_model_proto(proto.SerializeToString(), str(model_path.resolve()))
-    parsed = parsed and all(parser.load_initializer(*place) for place in weights.addresses())
-    if not (parsed and parser.parse_model_proto()):
+    with deferred():
+        parsed = parser.load_model_proto(proto.SerializeToString(), str(model_path.resolve()))
+        parsed = parsed and all(parser.load_initializer(*place) for place in weights.addresses())
+        parsed = parsed and parser.parse_model_proto()
+    if not parsed:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         refusal = None if library is None else plugins.take_library_error(library)
         if refusal is not None:
@@ -435,18 +438,19 @@ def _serialize(
     if config.version_compatible:
         settings.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if ATTENTION in plugin_ops:
-        _check_aliasing(builder, network, settings, messages)
+        with deferred():
+            _check_aliasing(builder, network, settings, messages)
         settings.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
-    monitor = progress_monitor(trt, progress)
-    settings.progress_monitor = monitor
     plan = plan_writer(trt, path)
     try:
-        built = builder.build_serialized_network_to_stream(network, settings, plan)
+        with deferred() as signalled:
+            settings.progress_monitor = monitor = progress_monitor(trt, progress, signalled)
+            built = builder.build_serialized_network_to_stream(network, settings, plan)
     finally:
         plan.close()
-    for interruption in (monitor.interruption, plan.error):
-        if interruption is not None:
-            raise interruption
+    for error in (monitor.error, plan.error):
+        if error is not None:
+            raise error
     if not built:
         raise EngineBuildError(
             "TensorRT's builder refused the network",
@@ -528,15 +532,20 @@ def engine_staging(target: Path) -> Iterator[Path]:
     """
     folder = target.parent
     is_new = not folder.exists()
+
+    def remove_new_folder() -> None:
+        if is_new:
+            with contextlib.suppress(OSError):  # not empty: the engine is in it
+                folder.rmdir()
+
     try:
         folder.mkdir(exist_ok=True)
-        with staging_folder(folder) as staging:
+        with undone(remove_new_folder), staging_folder(folder) as staging:
             yield staging / target.name
     except OSError as err:
         raise write_error(err, folder) from err
     finally:
-        if is_new and folder.exists() and not any(folder.iterdir()):
-            folder.rmdir()
+        remove_new_folder()
 
 
 def commit_engine(staged: Path, sidecar: EngineSidecar) -> None:

@@ -407,7 +407,7 @@ def test_validate_prints_the_report_and_says_where_it_is(bundle: Path, tmp_path:
     assert data["verdict"] == "pass"
     ran = [stage["name"] for stage in data["stages"] if stage["verdict"] != "not-run"]
     assert ran == ["onnxruntime/in-place"]
-    assert "validate: onnxruntime/in-place: pass" in captured.err
+    assert "validate: [1/1] onnxruntime/in-place: pass" in captured.err
     on_disk = json.loads((tmp_path / "report" / "parity.json").read_text())
     assert on_disk["stages"] == data["stages"]
     assert main(command) == 0

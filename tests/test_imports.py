@@ -21,7 +21,7 @@ ORDER = (
     ("__init__",),
     ("_text",),
     ("errors",),
-    ("_huge_pages", "_process", "_files", "_typed", "_onnx_bytes", "environment"),
+    ("_huge_pages", "_interrupt", "_process", "_files", "_typed", "_onnx_bytes", "environment"),
     ("_commit",),
     ("config",),
     ("checkpoint", "kv_cache"),
@@ -55,6 +55,7 @@ BASE = (
     "_text",
     "errors",
     "_huge_pages",
+    "_interrupt",
     "_process",
     "_files",
     "_typed",
@@ -165,7 +166,14 @@ def test_reference_model_knows_neither_onnx_nor_tensorrt(path: Path) -> None:
 
 
 def test_command_line_imports_only_light_modules_of_the_package() -> None:
-    assert own_units(PACKAGE / "cli.py", deep=False) == {"__init__", "_process", "_text", "config", "errors"}
+    assert own_units(PACKAGE / "cli.py", deep=False) == {
+        "__init__",
+        "_interrupt",
+        "_process",
+        "_text",
+        "config",
+        "errors",
+    }
 
 
 def test_parity_results_and_metrics_need_no_torch() -> None:

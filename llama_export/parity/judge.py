@@ -85,6 +85,10 @@ class ValidateConfig:
     """Folder for the operations at fault with their inputs, one folder each; None: they are not saved."""
     checkpoint: Path | None = None
     """What the bundle was exported from, where its weights are embedded; None: it lies in the bundle's own folder."""
+    journal: Path | None = None
+    """Folder for the report so far, written after each stage (:mod:`llama_export.parity.journal`); None: it is not kept."""
+    resume: bool = False
+    """Take over the stages that ``journal`` holds."""
 
 
 class Validator:

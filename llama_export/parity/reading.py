@@ -20,7 +20,7 @@ from llama_export.errors import ConfigError
 from llama_export.parity.result import SCHEMA_VERSION, NonFinite, ParityReport, Stage
 
 _HINT = "give a parity.json that `llama-export validate` wrote, or the folder it lies in"
-_OPTIONAL = {"logits"}
+_OPTIONAL = {"logits", "interrupted"}
 """Keys that a report may lack: earlier versions did not write them."""
 
 

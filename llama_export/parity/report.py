@@ -7,8 +7,10 @@ form shows the same ones. A stage that did not run is listed as such in each of 
 
 from __future__ import annotations
 
+import os
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from rich.text import Text
 from llama_export import __version__
 from llama_export._text import printable
 from llama_export.bundle import json_bytes, write_atomically, write_error
-from llama_export.errors import MissingDependencyError
+from llama_export.errors import ConfigError, MissingDependencyError
 from llama_export.parity.diff import ReportDiff, StageDiff
 from llama_export.parity.plots import plot_logits, plot_overview, plot_series
 from llama_export.parity.result import ParityReport
@@ -50,19 +52,30 @@ def require_plots() -> None:
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
+        ConfigError: SOURCE_DATE_EPOCH, which matplotlib reads, is not a time.
     """
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as err:
         raise MissingDependencyError("matplotlib", "parity") from err
+    stated = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        datetime.fromtimestamp(int(stated or 0), UTC)
+    except (ValueError, OverflowError, OSError) as err:
+        raise ConfigError(
+            "the environment variable SOURCE_DATE_EPOCH is not a time",
+            details={"got": ascii(stated), "expected": "seconds since 1970, as in 1700000000"},
+            hint="unset it",
+        ) from err
 
 
-def write_report(report: ParityReport, folder: Path) -> dict[str, Path]:
+def write_report(report: ParityReport, folder: Path, *, plots: bool = True) -> dict[str, Path]:
     """Writes ``parity.html``, ``parity.md``, ``junit.xml`` and, last, ``parity.json``. Same report, same bytes.
 
     Args:
         report: what a validation found.
         folder: made if need be; files of an earlier report in it are replaced one by one.
+        plots: draw them, which takes a second or more.
 
     Returns:
         Paths by kind: ``html``, ``markdown``, ``junit``, ``json``.
@@ -72,7 +85,7 @@ def write_report(report: ParityReport, folder: Path) -> dict[str, Path]:
         ToolchainError: no space. ExportError: any other failure to write.
     """
     files = {
-        "html": ("parity.html", html_from_report(report).encode()),
+        "html": ("parity.html", html_from_report(report, plots=plots).encode()),
         "markdown": ("parity.md", markdown_from_report(report).encode()),
         "junit": ("junit.xml", junit_from_report(report)),
         "json": ("parity.json", json_bytes(clean(report.to_json()))),
@@ -86,17 +99,25 @@ def write_report(report: ParityReport, folder: Path) -> dict[str, Path]:
     return {kind: folder / name for kind, (name, _) in files.items()}
 
 
-def html_from_report(report: ParityReport) -> str:
+def html_from_report(report: ParityReport, *, plots: bool = True) -> str:
     """One page without scripts or external resources.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    drawings = {
-        "overview": plot_overview(report),
-        "plots": [(stage, *plot) for stage in report.stages for plot in plot_series(stage)],
-        "logits": [(stage, *plot) for stage in report.stages if (plot := plot_logits(stage)) is not None],
-    }
+    drawings: dict[str, Any] = (
+        {
+            "overview": None,
+            "plots": [],
+            "logits": [],
+        }
+        if not plots
+        else {
+            "overview": plot_overview(report),
+            "plots": [(stage, *plot) for stage in report.stages for plot in plot_series(stage)],
+            "logits": [(stage, *plot) for stage in report.stages if (plot := plot_logits(stage)) is not None],
+        }
+    )
     return _render("report.html.j2", report, **drawings, version=__version__)
 
 

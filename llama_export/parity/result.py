@@ -128,6 +128,8 @@ class ParityReport:
     """UTC, ISO 8601."""
     deviations: tuple[str, ...] = ()
     """Deliberate differences from Hugging Face, in words."""
+    interrupted: bool = False
+    """The validation did not come to its end, so the verdict is ``fail``."""
 
     @property
     def first_divergence(self) -> Mapping[str, Any] | None:
@@ -147,9 +149,10 @@ class ParityReport:
 
     @property
     def verdict(self) -> Literal["pass", "fail"]:
-        """``pass`` when something ran, every stage that ran passed, and everything required ran."""
+        """``pass`` when something ran, every stage that ran passed, everything required ran, and nothing interrupted it."""
         ran = [stage for stage in self.stages if stage.verdict != "not-run"]
-        return "pass" if ran and all(stage.verdict == "pass" for stage in ran) and not self.missing else "fail"
+        passed = ran and all(stage.verdict == "pass" for stage in ran) and not self.missing and not self.interrupted
+        return "pass" if passed else "fail"
 
     def to_json(self) -> dict[str, Any]:
         """The document of ``docs/parity.md``; non-finite numbers become strings, because JSON has none."""
@@ -158,6 +161,7 @@ class ParityReport:
             "schema_version": SCHEMA_VERSION,
             "verdict": self.verdict,
             "missing": self.missing,
+            "interrupted": self.interrupted,
             **json_numbers({key: data[key] for key in ("created_at", "model", "required", "stages")}),
             "first_divergence": json_numbers(self.first_divergence),
             **{key: data[key] for key in ("deviations", "environment", "hashes")},

@@ -5,18 +5,19 @@ from __future__ import annotations
 import difflib
 import shlex
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from llama_export.bundle import Bundle, sha256_of_file
+from llama_export.bundle import MANIFEST_NAME, Bundle, Progress, sha256_of_file
 from llama_export.environment import environment
 from llama_export.errors import ConfigError, LlamaExportError, MissingDependencyError
 from llama_export.graph_check import check_graph
 from llama_export.graph_io import INTERFACES
 from llama_export.parity.case import remove_cases
 from llama_export.parity.head_stages import HEAD_STAGES, HeadValidator
+from llama_export.parity.journal import Journal, results_of
 from llama_export.parity.judge import NotRun, ValidateConfig, Validator
 from llama_export.parity.quantized_stages import quantized_stages
 from llama_export.parity.result import ParityReport, Stage, matches
@@ -30,13 +31,24 @@ DEVIATIONS = (
 
 
 def validate_bundle(
-    bundle: Bundle, config: ValidateConfig | None = None, *, log: Callable[[str], None] = lambda line: None
+    bundle: Bundle,
+    config: ValidateConfig | None = None,
+    *,
+    log: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda name, done, total: None,
 ) -> ParityReport:
     """Runs every selected stage and reports.
 
+    Args:
+        bundle: from :func:`llama_export.bundle.load_bundle`.
+        config: settings.
+        log: receives a line when a stage has ended.
+        progress: receives (name of the stage that starts, stages done, stages in all).
+
     Raises:
         ArtifactMismatchError: a graph that no export makes: see :mod:`llama_export.graph_check`.
-        ConfigError, ShapeError: a name in ``stages`` or ``require`` selects nothing; see also :func:`stages_of`.
+        ConfigError, ShapeError: a name in ``stages`` or ``require`` selects nothing; ``resume`` does not fit, see
+            :meth:`llama_export.parity.journal.Journal.finished`; see also :func:`stages_of`.
     """
     config = config or ValidateConfig()
     for path in (bundle.model_path, bundle.onnxruntime_path, *map(bundle.variant_path, bundle.variants)):
@@ -49,34 +61,73 @@ def validate_bundle(
                 details={"got": selector, "expected": ", ".join(available)},
                 hint=_nearest(selector, available),
             )
-    if config.cases is not None:
+    hashes = {
+        "graph": sha256_of_file(bundle.model_path),
+        **{path.name: sha256_of_file(path) for path in map(bundle.variant_path, bundle.variants)},
+        **{path.name: sha256_of_file(path) for path in bundle.engines},
+    }
+    journal = None if config.journal is None else Journal(config.journal, _basis(bundle, config, hashes))
+    if config.resume and journal is None:
+        raise ConfigError("resume needs the folder of a journal", hint="set ValidateConfig.journal")
+    finished = journal.finished() if journal is not None and config.resume else []
+    if config.cases is not None and not finished:
         remove_cases(config.cases)
-    stages = []
-    for name, run in available.items():
-        if config.stages and not any(matches(name, selector) for selector in config.stages):
-            stages.append(Stage(name=name, verdict="not-run", reason="not selected by --stages"))
-            continue
-        for stage in run_stage(name, run, validator):
-            log(f"validate: {stage.name}: {stage.verdict} ({stage.seconds:.1f} s)")
-            stages.append(stage)
-    return ParityReport(
-        stages=tuple(stages),
-        required=config.require,
-        environment={**environment(), "command": _command(bundle, config)},
-        hashes={
-            "graph": sha256_of_file(bundle.model_path),
-            **{path.name: sha256_of_file(path) for path in map(bundle.variant_path, bundle.variants)},
-            **{path.name: sha256_of_file(path) for path in bundle.engines},
-        },
-        model={
-            **bundle.manifest["model"],  # its dtype is what config.json states; the bundle's own may differ
-            "name": _name(bundle),
-            "task": bundle.manifest["task"],
-            "dtype": bundle.dtype,
-        },
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        deviations=DEVIATIONS,
-    )
+
+    def report(stages: Sequence[Stage], *, interrupted: bool) -> ParityReport:
+        return ParityReport(
+            stages=tuple(stages),
+            required=config.require,
+            environment={**environment(), "command": _command(bundle, config)},
+            hashes=hashes,
+            model={
+                **bundle.manifest["model"],  # its dtype is what config.json states; the bundle's own may differ
+                "name": _name(bundle),
+                "task": bundle.manifest["task"],
+                "dtype": bundle.dtype,
+            },
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            deviations=DEVIATIONS,
+            interrupted=interrupted,
+        )
+
+    selected = [
+        name for name in available if not config.stages or any(matches(name, selector) for selector in config.stages)
+    ]
+    results = {name: results_of(name, finished) for name in selected}
+    pending = [name for name in selected if not results[name]]
+
+    def so_far() -> list[Stage]:
+        """One entry per stage of the table at least; those still to come did not run."""
+        found = []
+        for name in available:
+            reason = "not selected by --stages" if name not in results else _INTERRUPTED
+            found += results.get(name) or [Stage(name=name, verdict="not-run", reason=reason)]
+        return found
+
+    if len(pending) < len(selected):
+        log(f"validate: {len(selected) - len(pending)} of {len(selected)} stages ran before the interruption")
+    for name in pending:
+        done = sum(map(bool, results.values()))
+        progress(name, done, len(selected))
+        if journal is not None:
+            journal.save(report(so_far(), interrupted=True))
+        results[name] = run_stage(name, available[name], validator)
+        for stage in results[name]:
+            log(f"validate: [{done + 1}/{len(selected)}] {stage.name}: {stage.verdict} ({stage.seconds:.1f} s)")
+    if journal is not None:
+        journal.save(report(so_far(), interrupted=True))  # until the report itself is written
+    return report(so_far(), interrupted=False)
+
+
+_INTERRUPTED = "the validation was interrupted before this stage; `llama-export validate --resume` goes on"
+
+
+def _basis(bundle: Bundle, config: ValidateConfig, hashes: Mapping[str, str]) -> dict[str, str]:
+    """What the results of a stage depend on."""
+    text = "none" if config.text is None else sha256_of_file(config.text)
+    settings = {"steps": config.steps, "prompt tokens": config.prompt_tokens, "seed": config.seed}
+    files = {**hashes, "manifest": sha256_of_file(bundle.folder / MANIFEST_NAME), "text": text}
+    return {**environment(), **files, **{name: str(value) for name, value in settings.items()}}
 
 
 def stages_of(

@@ -87,6 +87,8 @@ def headline(report: ParityReport) -> str:
     """One sentence that does not let a pass hide what was not run."""
     counts = count_by_verdict(report)
     ran = counts["pass"] + counts["fail"]
+    if report.interrupted:
+        return f"Interrupted: {ran} of {len(report.stages)} stages had run; {counts['fail']} of them failed."
     if not ran:
         return "No stage ran, so nothing is proven."
     found = "all that ran passed" if not counts["fail"] else f"{counts['fail']} failed"

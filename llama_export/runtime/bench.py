@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llama_export._process import peak_rss_bytes, resident_bytes
-from llama_export.bundle import Bundle
+from llama_export.bundle import Bundle, Progress
 from llama_export.config import LlamaConfig
 from llama_export.kv_cache import cache_shape
 from llama_export.runtime.generation import generate_steps
@@ -94,6 +94,7 @@ def bench_bundle(
     runs: int,
     threads: int | None = None,
     quantize: str | None = None,
+    progress: Progress = lambda name, done, total: None,
 ) -> BenchResult:
     """Times a prefill of random tokens and the greedy decode after it, several times, after one run to warm up.
 
@@ -103,6 +104,7 @@ def bench_bundle(
         prompt_tokens: >= 1. new_tokens: >= 2. runs: >= 1.
         threads: of the session; None: one per core.
         quantize: type of the session's weights.
+        progress: receives (what runs, runs done, runs in all).
 
     Raises:
         ShapeError: the session holds fewer tokens. ToolchainError: its backend failed.
@@ -115,7 +117,8 @@ def bench_bundle(
     params = SamplingParams(max_new_tokens=new_tokens)
     firsts: list[float] = []
     steps: list[list[float]] = []
-    for _ in range(runs + 1):
+    for index in range(runs + 1):
+        progress("timing" if index else "warming up", index, runs + 1)
         seconds = [event.seconds for event in generate_steps(session, [prompt], params)]
         firsts.append(seconds[0])
         steps.append([after - before for before, after in zip(seconds[:-1], seconds[1:], strict=True)])
