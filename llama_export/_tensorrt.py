@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from llama_export.bundle import Progress
 from llama_export.errors import MissingDependencyError, ToolchainError
+from llama_export.placement import Progress
 
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx_bindings", "tensorrt": "tensorrt"}
 _RTX_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")

@@ -204,7 +204,7 @@ def _sidecar_problems(sidecar: Mapping[str, Any], bundle: Bundle, engine_path: P
     plugin_ops = settings.plugin_ops & bundle.ops
     expected: dict[str, object] = {
         "bytes": engine_path.stat().st_size,
-        "onnx_sha256": bundle.manifest["graph_sha256"],
+        "onnx_sha256": bundle.manifest.graph_sha256,
         "task": bundle.task,
         "dtype": bundle.dtype,
         "max_seq_len": resolve_capacity(bundle.config, capacity),

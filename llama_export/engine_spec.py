@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ def engine_name(bundle: Bundle, config: EngineConfig, capacity: int) -> str:
 def engine_io(bundle: Bundle, capacity: int) -> list[dict[str, Any]]:
     """The manifest's inputs and outputs with C a number."""
     return [
-        {**entry, "shape": [capacity if dim == CAPACITY else dim for dim in entry["shape"]]}
-        for entry in bundle.manifest["io"]
+        {**asdict(entry), "shape": [capacity if dim == CAPACITY else dim for dim in entry.shape]}
+        for entry in bundle.manifest.io
     ]
 
 

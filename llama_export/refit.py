@@ -16,7 +16,7 @@ from llama_export._tensorrt import load_onnx
 from llama_export.bundle import ENGINES_NAME, Bundle
 from llama_export.checkpoint import TensorEntry
 from llama_export.config import EngineConfig
-from llama_export.engine import tensorrt_proto, write_engine
+from llama_export.engine import commit_engine, engine_staging, tensorrt_proto, write_sidecar
 from llama_export.engine_check import check_engine, inspect_engine
 from llama_export.engine_spec import rebuild_command
 from llama_export.engine_weights import (
@@ -80,16 +80,19 @@ def refit_engine(
         )
     refitted = {
         **sidecar,
-        "onnx_sha256": bundle.manifest["graph_sha256"],
-        "model": dict(bundle.manifest["model"]),
+        "onnx_sha256": bundle.manifest.graph_sha256,
+        "model": bundle.manifest.to_json()["model"],
         "weights": {
             "mode": "input",
             "bytes": sum(entry.nbytes for entry in tensors),
             "tensors": weights_record(tensors),
         },
     }
-    write_engine(target, engine_path.read_bytes(), refitted)
-    check_engine(bundle, target)
+    with engine_staging(target) as staged:
+        staged.write_bytes(engine_path.read_bytes())
+        write_sidecar(staged, refitted)
+        check_engine(bundle, staged)
+        commit_engine(staged, bundle)
     log(f"refit: {ENGINES_NAME}/{target.name} takes {len(tensors)} weights from {bundle.folder}")
     return RefitResult(
         engine=str(target),

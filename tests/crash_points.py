@@ -114,7 +114,11 @@ class Scenario:
 
 def write_engine(target: Path, content: str) -> int:
     """What ``build`` does last."""
-    engine.write_engine(target, content.encode() * 1000, {"content": content})
+    bundle = load_bundle(target.parents[1])
+    with engine.engine_staging(target) as staged:
+        staged.write_bytes(content.encode() * 1000)
+        engine.write_sidecar(staged, {"content": content})
+        engine.commit_engine(staged, bundle)
     return 0
 
 

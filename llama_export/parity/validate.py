@@ -10,7 +10,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from llama_export.bundle import Bundle, sha256_of_file
+from llama_export._content import sha256_of_file
+from llama_export.bundle import Bundle
 from llama_export.environment import environment
 from llama_export.errors import ConfigError, LlamaExportError, MissingDependencyError
 from llama_export.graph_io import INTERFACES
@@ -65,9 +66,9 @@ def validate_bundle(
             **{path.name: sha256_of_file(path) for path in bundle.engines},
         },
         model={
-            **bundle.manifest["model"],  # its dtype is what config.json states; the bundle's own may differ
+            **bundle.manifest.to_json()["model"],  # its dtype is what config.json states; the bundle's own may differ
             "name": _name(bundle),
-            "task": bundle.manifest["task"],
+            "task": bundle.task,
             "dtype": bundle.dtype,
         },
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -124,7 +124,7 @@ def bench_bundle(
     used_threads = threads or os.cpu_count() or 1
     resident = resident_bytes()
     on_cpu = session.backend == "onnxruntime-cpu"
-    quantized = None if quantize is None else int(bundle.manifest["quantized"][quantize]["data_size"])
+    quantized = None if quantize is None else bundle.manifest.quantized[quantize].data_size
     return BenchResult(
         backend=session.backend, quantize=quantize, threads=used_threads, prompt_tokens=prompt_tokens,
         new_tokens=new_tokens, runs=runs, kv_cache_capacity=session.capacity, load_seconds=load_seconds,
