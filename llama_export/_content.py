@@ -4,7 +4,7 @@ The sample of a file is the SHA-256 over blocks of :data:`BLOCK` bytes. Their po
 the tensors and on the file's size, never on the content:
 
 * a tensor of up to :data:`STRIDE` bytes has one block, in its middle; a tensor smaller than a block is read whole;
-* a larger tensor has one block per :data:`STRIDE` bytes, evenly spread from its first byte to its last;
+* a larger tensor has blocks at equal distances of at most :data:`STRIDE` bytes, from its first byte to its last;
 * the last block of the file is read, too.
 
 So every tensor that has bytes has a block: a tensor that was trained, merged or exchanged as a whole changes the sample. A
@@ -39,8 +39,8 @@ def sample_blocks(regions: Iterable[tuple[int, int]], size: int) -> list[tuple[i
         if not nbytes:
             continue
         length = min(BLOCK, nbytes)
-        count, last = -(-nbytes // STRIDE), nbytes - length
-        starts = [last // 2] if count == 1 else [index * last // (count - 1) for index in range(count)]
+        gaps, last = -(-nbytes // STRIDE), nbytes - length
+        starts = [last // 2] if gaps == 1 else [index * last // gaps for index in range(gaps + 1)]
         blocks += [(offset + start, length) for start in starts]
     length = min(BLOCK, size)
     return [*blocks, (size - length, length)]

@@ -183,7 +183,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``manifest.json``. Fields of later versions that hold nothing are left out."""
-        data: dict[str, Any] = msgspec.to_builtins(self)
+        data: dict[str, Any] = json.loads(json.dumps(msgspec.to_builtins(self)))  # tuples become lists
         for entry in (*data["weights"], *data["functions"].values(), *data["quantized"].values()):
             for key in ("sha256", "sample_sha256", "readers", "data_sample_sha256"):
                 if key in entry and entry[key] is None:

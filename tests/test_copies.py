@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -26,8 +27,10 @@ from llama_export._content import BLOCK, STRIDE, sample_blocks, sample_sha256, s
 from llama_export.bundle import Bundle, load_bundle, tensor_regions
 from llama_export.checkpoint import read_safetensors_header
 from llama_export.cli import main
-from llama_export.errors import ArtifactMismatchError
+from llama_export.engine import commit_engine, engine_staging, write_sidecar
+from llama_export.errors import ArtifactMismatchError, ConfigError
 from llama_export.manifest import MANIFEST_NAME, read_manifest
+from llama_export.parity.case import remove_cases
 from llama_export.quantization import quantize_bundle
 
 WEIGHTS = "model.safetensors"
@@ -156,9 +159,12 @@ def test_every_tensor_has_a_block(sizes: list[int], base: int) -> None:
     assert blocks == sample_blocks(list(reversed(regions)), end)
     for offset, nbytes in regions:
         own = [start for start, length in blocks[:-1] if offset <= start and start + length <= offset + nbytes]
-        assert len(own) >= -(-nbytes // STRIDE)
+        assert bool(own) == bool(nbytes)
+        if nbytes > STRIDE:
+            assert (own[0], own[-1]) == (offset, offset + nbytes - BLOCK)
+            assert all(after - before <= STRIDE for before, after in itertools.pairwise(own))
     assert all(0 < length <= BLOCK and start >= 0 and start + length <= end for start, length in blocks)
-    assert len(blocks) <= len(sizes) + sum(sizes) // STRIDE + 1
+    assert len(blocks) <= 2 * len(sizes) + sum(sizes) // STRIDE + 1
 
 
 @patient
@@ -379,3 +385,74 @@ def test_a_staging_folder_that_is_gone_is_no_bug(tiny_bundles: dict[str, Bundle]
     with pytest.raises(ArtifactMismatchError, match="exported again while this command ran"):
         quantize_bundle(opened, "int4", progress=replace_bundle)
     assert load_bundle(folder).variants == ()
+
+
+def test_engine_of_a_bundle_that_is_exported_meanwhile_is_not_committed(
+    tiny_bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_bundles["float32"].folder, tmp_path / "bundle"))
+    opened = load_bundle(folder)
+
+    def build() -> None:
+        with engine_staging(folder / "engines" / "a.engine") as staged:
+            staged.write_bytes(b"engine")
+            write_sidecar(staged, {})
+            assert main(["export", str(folder), "--force", "--dtype", "float16"]) == 0
+            commit_engine(staged, opened)
+
+    with pytest.raises(ArtifactMismatchError, match="exported again while this command ran"):
+        build()
+    assert not (folder / "engines").exists()
+
+
+# ---- reports ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A folder of somebody else's that looks like a report with cases."""
+    for name in ("theirs", "operations/theirs"):
+        (tmp_path / "elsewhere" / name).mkdir(parents=True)
+        (tmp_path / "elsewhere" / name / "case.json").write_text("{}")
+    return tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("name", ["report", "report/operations"])
+def test_validate_refuses_a_report_that_is_a_link_out_of_the_bundle(
+    name: str, elsewhere: Path, bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (bundle / name).parent.mkdir(exist_ok=True)
+    (bundle / name).symlink_to(elsewhere)
+    command = ["validate", bundle, "--stages", "bundle"]
+    check_refused(capsys, tmp_path, command, "is a symbolic link out of the bundle", str(elsewhere), "--report")
+
+
+@pytest.mark.parametrize("cases", [True, False])
+def test_report_that_is_asked_for_may_be_a_link_and_nothing_is_removed_behind_it(
+    cases: bool, elsewhere: Path, bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "link").symlink_to(elsewhere)
+    command = ["validate", bundle, "--stages", "bundle", "--report", tmp_path / "link"]
+    if cases:
+        check_refused(capsys, tmp_path, command, "cases of an earlier validation are behind it", "theirs")
+        return
+    shutil.rmtree(elsewhere / "operations")
+    (elsewhere / ".parity.html.123.partial").write_text("left by a killed process")
+    before = snapshot(elsewhere)
+    main([str(argument) for argument in command])
+    after = snapshot(elsewhere)
+    assert set(after) - set(before) == {"parity.html", "parity.md", "parity.json", "junit.xml"}
+    assert set(before) - set(after) == {".parity.html.123.partial"}
+
+
+def test_case_that_is_a_link_is_left_alone(elsewhere: Path, tmp_path: Path) -> None:
+    own = tmp_path / "report" / "operations"
+    (own / "own").mkdir(parents=True)
+    (own / "own" / "case.json").write_text("{}")
+    (own / "link").symlink_to(elsewhere / "theirs")
+    remove_cases(own)
+    assert [path.name for path in own.iterdir()] == ["link"]
+    assert (elsewhere / "theirs" / "case.json").exists()
+    (tmp_path / "other").symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match="is a symbolic link"):
+        remove_cases(tmp_path / "other")
