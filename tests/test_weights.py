@@ -283,7 +283,7 @@ def test_embedded_files_stand_alone(
 
     checkpoint, bundle, _ = embedded_bundles[dtype]
     assert {path.name for path in bundle.iterdir()} == {*GRAPHS, "manifest.json", "config.json"}
-    assert load_bundle(bundle).manifest.weights == []
+    assert load_bundle(bundle).manifest.weights == ()
     assert load_bundle(bundle).is_embedded
     stored = read_tensors(checkpoint / WEIGHTS)
     for name, computed in zip(GRAPHS, (dtype, "float32"), strict=True):
