@@ -313,7 +313,7 @@ def shipped_rows(folder: Path, windows: NDArray[np.int64]) -> Iterator[tuple[str
             quantize_bundle(load_bundle(folder, replacing=kind), kind, scheme=scheme, force=True)
             bundle = load_bundle(folder)
             name = f"{kind}, blocks of {size}" + (", as shipped" if size == SCHEMES[kind].block_size else "")
-            data_bytes = int(bundle.manifest["quantized"][kind]["data_size"])
+            data_bytes = int(bundle.manifest.quantized[kind].data_size)
             yield name, compared(by_onnxruntime(bundle, kind), data_bytes)
 
 

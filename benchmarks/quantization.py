@@ -237,7 +237,7 @@ def measure_cost(checkpoint: Path, work: Path) -> list[dict[str, Any]]:
                 "--json",
             ]
             cost = measure_process(command)
-            data_bytes = load_bundle(folder).manifest["quantized"][kind]["data_size"]
+            data_bytes = load_bundle(folder).manifest.quantized[kind].data_size
             rows.append({"model": name, "type": kind, **cost, "data_bytes": data_bytes})
             log(str(rows[-1]))
     return rows

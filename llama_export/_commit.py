@@ -55,7 +55,7 @@ def staging_folder(home: Path) -> Iterator[Path]:
     Raises:
         OSError: ``home`` cannot be written to.
     """
-    with _locked(home):
+    with locked(home):
         _remove_stale(home)
         staging = home / f".llama-export-{secrets.token_hex(6)}.partial"
         staging.mkdir()
@@ -81,13 +81,29 @@ def _remove_stale(home: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = _lock(folder, wait=True)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, after waiting for it; without effect where the system or file system has none.
+
+    Who waited may have waited for a folder that was replaced meanwhile (:func:`replace_folder`): then the lock of the new one
+    is taken. A thread that holds the lock must not ask for it again.
+
+    Raises:
+        OSError: the folder cannot be opened.
+    """
+    while True:
+        lock = _lock(folder, wait=True)
+        try:
+            if lock is not None and not _is_at(lock, folder):
+                continue
+            yield
+            return
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def _is_at(handle: int, folder: Path) -> bool:
+    return os.path.samestat(os.fstat(handle), os.stat(folder))
 
 
 def _lock(folder: Path, *, wait: bool) -> int | None:

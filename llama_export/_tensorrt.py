@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from llama_export._interrupt import Deferred
-from llama_export.bundle import Progress
 from llama_export.errors import ArtifactMismatchError, MissingDependencyError, ToolchainError
+from llama_export.placement import Progress
 
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx_bindings", "tensorrt": "tensorrt"}
 _RTX_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")

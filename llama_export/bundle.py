@@ -19,56 +19,51 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from llama_export import __version__
 from llama_export._commit import (
     COMMIT_NAME,
     UnfinishedCommitError,
     commit,
     finish_commit,
+    locked,
     replace_folder,
     staging_folder,
     sync,
 )
-from llama_export._files import is_plain_name, leads_out, open_regular
+from llama_export._content import sample_sha256, sha256_of_file
+from llama_export._files import leads_out
 from llama_export._interrupt import undone
 from llama_export.checkpoint import (
     INDEX_NAME,
     TOKENIZER_FILES,
     Checkpoint,
+    TensorEntry,
     WeightFile,
     check_files,
     read_safetensors_header,
 )
-from llama_export.config import (
-    DTYPES,
-    TASKS,
-    VARIANTS,
-    LlamaConfig,
-    RopeConfig,
-    WeightsMode,
-    config_from_dict,
-    load_json_object,
-)
+from llama_export.config import VARIANTS, LlamaConfig, WeightsMode, config_from_dict, load_json_object
 from llama_export.errors import ArtifactMismatchError, ConfigError, ExportError, ToolchainError
+from llama_export.manifest import (
+    MANIFEST_NAME,
+    MODEL_NAME,
+    ONNXRUNTIME_NAME,
+    Manifest,
+    QuantizedRecord,
+    WeightRecord,
+    read_manifest,
+    variant_names,
+)
+from llama_export.placement import link_file
 
-SCHEMA_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-MODEL_NAME = "model.onnx"
-ONNXRUNTIME_NAME = "model.onnxruntime.onnx"
 ENGINES_NAME = "engines"
-_GRAPHS = {"standard": MODEL_NAME, "onnxruntime": ONNXRUNTIME_NAME}
 _MARKERS = (MODEL_NAME, ONNXRUNTIME_NAME, MANIFEST_NAME, ENGINES_NAME, COMMIT_NAME)
-Progress = Callable[[str, int, int], None]
-"""(file name, bytes done, bytes in all)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +71,7 @@ class Bundle:
     """An opened and checked bundle."""
 
     folder: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     config: LlamaConfig
 
     @property
@@ -92,7 +87,7 @@ class Bundle:
     @property
     def variants(self) -> tuple[str, ...]:
         """The quantised variants there are, of :data:`VARIANTS`."""
-        return tuple(name for name in VARIANTS if name in self.manifest.get("quantized", {}))
+        return tuple(name for name in VARIANTS if name in self.manifest.quantized)
 
     def variant_path(self, variant: str | None) -> Path:
         """The graph of a quantised variant, for our onnxruntime session; of None, that of the weights as they are.
@@ -119,22 +114,22 @@ class Bundle:
     @property
     def task(self) -> str:
         """What the graph computes: one of ``config.TASKS``."""
-        return str(self.manifest["task"])
+        return self.manifest.task
 
     @property
     def ops(self) -> frozenset[str]:
         """The custom ops of the graph."""
-        return frozenset(self.manifest["ops"])
+        return frozenset(self.manifest.ops)
 
     @property
     def dtype(self) -> str:
         """Compute dtype of the graph."""
-        return str(self.manifest["dtype"])
+        return self.manifest.dtype
 
     @property
     def is_embedded(self) -> bool:
         """The ONNX files hold the weights themselves."""
-        return not self.manifest["weights"]
+        return not self.manifest.weights
 
     @property
     def engines(self) -> list[Path]:
@@ -142,12 +137,6 @@ class Bundle:
         return sorted(
             path for path in (self.folder / ENGINES_NAME).glob("*.engine") if path.with_suffix(".json").is_file()
         )
-
-
-def variant_names(variant: str) -> tuple[str, str]:
-    """File names of a quantised variant: its graph, its weights."""
-    stem = ONNXRUNTIME_NAME.removesuffix(".onnx")
-    return f"{stem}.{variant}.onnx", f"{stem}.{variant}.data"
 
 
 def load_bundle(folder: Path, *, ignore_hashes: bool = False, replacing: str | None = None) -> Bundle:
@@ -174,98 +163,66 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False, replacing: str | N
             if is_checkpoint
             else "give the folder that `llama-export export` made",
         )
-    manifest = load_json_object(folder / MANIFEST_NAME)
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise ConfigError(
-            "this manifest has another schema version",
-            details={"file": folder / MANIFEST_NAME, "got": manifest.get("schema_version"), "expected": SCHEMA_VERSION},
-            hint=f"export again with this version ({__version__})",
-        )
-    try:
-        if replacing is not None and "quantized" in manifest:
-            kept = {key: value for key, value in dict(manifest["quantized"]).items() if key != replacing}
-            manifest = {**manifest, "quantized": kept}
-        model = _tuples(manifest["model"])
-        config = LlamaConfig(**{**model, "rope": RopeConfig(**_tuples(model["rope"]))})
-        _check(manifest["task"] in TASKS, f"task {manifest['task']!r}")
-        _check(manifest["dtype"] in DTYPES, f"dtype {manifest['dtype']!r}")
-        _check(all(isinstance(token, int) for token in manifest["eos_token_ids"]), "eos_token_ids")
-        _check(all(isinstance(entry["name"], str) for entry in manifest["io"]), "io")
-        _check(isinstance(manifest["ops"], dict), "ops")
-        weights, graphs = list(manifest["weights"]), dict(manifest["functions"])
-        for entry in (*weights, *graphs.values()):
-            check_plain_name(entry["file"], folder / MANIFEST_NAME)
-        _check({target: entry["file"] for target, entry in graphs.items()} == _GRAPHS, "functions")
-        _check(manifest["graph_sha256"] == graphs["standard"]["sha256"], "graph_sha256")
-        _check(len({entry["file"] for entry in weights}) == len(weights), "weights")
-        variants = _checked_variants(manifest)
-        made = [entry[key] for entry in variants.values() for key in ("file", "data")]
-        _check_places(folder, [*(entry["file"] for entry in (*weights, *graphs.values())), *made])
-        for name in (*(entry["file"] for entry in (*weights, *graphs.values())), *made):
-            if not os.path.exists(folder / name):
-                raise ArtifactMismatchError(
-                    f"bundle is incomplete: `{name}` is missing",
-                    details={"bundle": folder},
-                    hint=_requantize(folder, name.split(".")[-2]) if name in made else "export again",
-                )
-        if not ignore_hashes:
-            _check_config(folder, config)
-            for entry in graphs.values():
-                _check_hash(folder, entry["file"], entry["sha256"])
-            for entry in weights:
-                _check_weight_file(folder, entry)
-            for variant, entry in variants.items():
-                _check_variant(folder, variant, entry, graphs["onnxruntime"]["sha256"])
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as err:
-        raise ConfigError(
-            f"`{MANIFEST_NAME}` lacks a field or holds a wrong one: {err}",
-            details={"file": folder / MANIFEST_NAME},
-            hint="export again",
-        ) from err
-    return Bundle(folder, manifest, config)
-
-
-def _checked_variants(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The manifest's entry of each quantised variant, by type; none in a bundle that was not quantised."""
-    variants = dict(manifest.get("quantized", {}))
-    for variant, entry in variants.items():
-        _check(variant in VARIANTS and entry["type"] == variant, "quantized")
-        _check((entry["file"], entry["data"]) == variant_names(variant), f"quantized.{variant}")
-        numbers = ("bits", "block_size", "accuracy_level", "size", "data_size", "data_mtime_ns")
-        _check(all(type(entry[key]) is int and entry[key] >= 0 for key in numbers), f"quantized.{variant}")
-        hashes = ("sha256", "data_sha256", "source_sha256")
-        _check(all(isinstance(entry[key], str) for key in hashes), f"quantized.{variant}")
-        _check(isinstance(entry["symmetric"], bool), f"quantized.{variant}")
-    return variants
+    manifest = read_manifest(folder, replacing=replacing)
+    exported = [entry.file for entry in manifest.weights] + [entry.file for entry in manifest.functions.values()]
+    made = {name: variant for variant in manifest.quantized for name in variant_names(variant)}
+    _check_places(folder, [*exported, *made])
+    for name in (*exported, *made):
+        if not os.path.exists(folder / name):
+            raise ArtifactMismatchError(
+                f"bundle is incomplete: `{name}` is missing",
+                details={"bundle": folder},
+                hint=_requantize(folder, made[name]) if name in made else "export again",
+            )
+    check_config(folder, manifest.model, only=_SIZES if ignore_hashes else None)
+    if not ignore_hashes:
+        for graph in manifest.functions.values():
+            _check_hash(folder, graph.file, graph.sha256)
+        layers = {layer for entry in manifest.weights for layer in _check_weight_file(folder, entry)}
+        if manifest.weights and layers != set(range(manifest.model.num_hidden_layers)):
+            raise ArtifactMismatchError(
+                "the weight files do not hold the layers that the manifest states",
+                details={
+                    "bundle": folder,
+                    "got": f"{len(layers)} layers",
+                    "expected": f"{manifest.model.num_hidden_layers} layers",
+                },
+                hint="export again",
+            )
+        for variant, record in manifest.quantized.items():
+            _check_variant(folder, variant, record, manifest.functions["onnxruntime"].sha256)
+    return Bundle(folder, manifest, manifest.model)
 
 
 def _requantize(folder: Path, variant: str) -> str:
     return f"make it again: llama-export quantize {folder} --type {variant} --force"
 
 
-def _check_variant(folder: Path, variant: str, entry: Mapping[str, Any], source_sha256: str) -> None:
-    """It belongs to this export; its graph by content; its weights by size, and by content where the time differs."""
+def _check_variant(folder: Path, variant: str, entry: QuantizedRecord, source_sha256: str) -> None:
+    """The variant belongs to this export. Its graph is compared by content, its weights by size and by sample."""
     hint = _requantize(folder, variant)
-    if entry["source_sha256"] != source_sha256:
+    if entry.source_sha256 != source_sha256:
         raise ArtifactMismatchError(
             f"the {variant} weights are of another export",
             details={
                 "bundle": folder,
-                "got": f"made from {ONNXRUNTIME_NAME} of sha256 {entry['source_sha256']}",
+                "got": f"made from {ONNXRUNTIME_NAME} of sha256 {entry.source_sha256}",
                 "expected": f"sha256 {source_sha256}",
             },
             hint=hint,
         )
-    _check_hash(folder, entry["file"], entry["sha256"], hint)
-    found = os.stat(folder / entry["data"])
-    if found.st_size != entry["data_size"]:
+    _check_hash(folder, entry.file, entry.sha256, hint)
+    found = os.stat(folder / entry.data)
+    if found.st_size != entry.data_size:
         raise ArtifactMismatchError(
-            f"`{entry['data']}` is not the file the manifest describes",
-            details={"bundle": folder, "got": f"{found.st_size} bytes", "expected": f"{entry['data_size']} bytes"},
+            f"`{entry.data}` is not the file the manifest describes",
+            details={"bundle": folder, "got": f"{found.st_size} bytes", "expected": f"{entry.data_size} bytes"},
             hint=hint,
         )
-    if not _same_time(found.st_mtime_ns, entry["data_mtime_ns"]):
-        _check_hash(folder, entry["data"], entry["data_sha256"], hint)
+    if entry.data_sample_sha256 is not None:
+        _check_sample(folder, entry.data, [(0, entry.data_size)], entry.data_sample_sha256, hint)
+    elif not _same_time(found.st_mtime_ns, entry.data_mtime_ns):
+        _check_hash(folder, entry.data, entry.data_sha256, hint)
 
 
 def _finish_interrupted(folder: Path) -> None:
@@ -297,18 +254,24 @@ def _check_places(folder: Path, names: Sequence[str]) -> None:
     check_files(engines, sorted(built), hub_cache=False, error=ArtifactMismatchError)
 
 
-def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has lists where the configs have tuples."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+"""Fields that decide the shapes of tensors. No flag skips their check: nothing works where they differ."""
 
 
-def _check(ok: bool, field: str) -> None:
-    if not ok:
-        raise ValueError(field)
+def check_config(folder: Path, expected: LlamaConfig, only: Collection[str] | None = None) -> None:
+    """``config.json`` still states what was exported. Keys that the export accepted are not questioned again.
 
+    Args:
+        folder: of the bundle; a missing ``config.json`` is accepted.
+        expected: the manifest's.
+        only: fields to compare; None: all.
 
-def _check_config(folder: Path, expected: LlamaConfig) -> None:
-    """``config.json`` still states what was exported. Keys that the export accepted are not questioned again."""
+    Raises:
+        ConfigError: it cannot be read. ArtifactMismatchError: a field differs.
+    """
     path = folder / "config.json"
     if not path.is_file():
         return
@@ -316,7 +279,7 @@ def _check_config(folder: Path, expected: LlamaConfig) -> None:
     changed = [
         field.name
         for field in dataclasses.fields(LlamaConfig)
-        if getattr(got, field.name) != getattr(expected, field.name)
+        if (only is None or field.name in only) and getattr(got, field.name) != getattr(expected, field.name)
     ]
     if changed:
         raise ArtifactMismatchError(
@@ -330,20 +293,6 @@ def _check_config(folder: Path, expected: LlamaConfig) -> None:
         )
 
 
-def check_plain_name(name: str, source: Path) -> None:
-    """Refuses a file name that could leave the bundle's folder.
-
-    Raises:
-        ArtifactMismatchError: a path, ``..``, an absolute name, or one that cannot be printed.
-    """
-    if not is_plain_name(name):
-        raise ArtifactMismatchError(
-            f"`{source.name}` names a file outside its folder",
-            details={"file": source, "got": name, "expected": "a plain file name"},
-            hint="do not use bundles from a source you do not trust",
-        )
-
-
 def _check_hash(
     folder: Path,
     name: str,
@@ -353,11 +302,7 @@ def _check_hash(
     try:
         got = sha256_of_file(folder / name)
     except OSError as err:
-        raise ArtifactMismatchError(
-            f"`{name}` cannot be read",
-            details={"bundle": folder, "reason": err.strerror or err},
-            hint="check its permissions",
-        ) from err
+        raise unreadable(folder, name, err) from err
     if got != expected:
         raise ArtifactMismatchError(
             f"`{name}` is not the file the manifest describes",
@@ -366,28 +311,70 @@ def _check_hash(
         )
 
 
-def _check_weight_file(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Size and header always; then the modification time, and where it differs the content hash if there is one."""
-    file, _ = read_safetensors_header(folder / entry["file"])
+def _check_weight_file(folder: Path, entry: WeightRecord) -> Iterator[int]:
+    """Size, header and sample. Where no sample is recorded, the modification time decides, and where that differs the
+    content hash if there is one.
+
+    Returns:
+        The numbers of the decoder layers in the file.
+    """
+    path = folder / entry.file
+    file, tensors = read_safetensors_header(path)
     hint = "export again (the graph takes seconds; nothing is copied in place), or pass --ignore-hashes if you know the file is the same"
 
-    def mismatch(got: object, expected: object) -> ArtifactMismatchError:
+    def mismatch(got: object, expected: object, hint: str = hint) -> ArtifactMismatchError:
         return ArtifactMismatchError(
-            f"`{entry['file']}` changed after the export",
+            f"`{entry.file}` changed after the export",
             details={"bundle": folder, "got": got, "expected": expected},
             hint=hint,
         )
 
-    if file.size != entry["size"]:
-        raise mismatch(f"{file.size} bytes", f"{entry['size']} bytes")
-    if file.header_sha256 != entry["header_sha256"]:
-        raise mismatch(f"header sha256 {file.header_sha256}", f"header sha256 {entry['header_sha256']}")
-    if _same_time(file.mtime_ns, entry["mtime_ns"]):
-        return
-    if "sha256" in entry:
-        _check_hash(folder, entry["file"], entry["sha256"])
-    else:
-        raise mismatch(f"modified at {file.mtime_ns} ns", f"modified at {entry['mtime_ns']} ns")
+    if file.size != entry.size:
+        raise mismatch(f"{file.size} bytes", f"{entry.size} bytes")
+    if file.header_sha256 != entry.header_sha256:
+        raise mismatch(f"header sha256 {file.header_sha256}", f"header sha256 {entry.header_sha256}")
+    if entry.sample_sha256 is not None:
+        _check_sample(folder, entry.file, tensor_regions(tensors), entry.sample_sha256, hint)
+    elif not _same_time(file.mtime_ns, entry.mtime_ns):
+        if entry.sha256 is None:
+            raise mismatch(
+                f"modified at {file.mtime_ns} ns",
+                f"modified at {entry.mtime_ns} ns",
+                f"if the file is the same, a copy for example, record its content: llama-export verify {folder} --record; "
+                "else export again, or pass --ignore-hashes",
+            )
+        _check_hash(folder, entry.file, entry.sha256)
+    return (int(found[1]) for tensor in tensors if (found := _LAYER.search(tensor.name)))
+
+
+_LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.")
+
+
+def tensor_regions(tensors: Sequence[TensorEntry]) -> list[tuple[int, int]]:
+    """Offset and size of each tensor, bytes: the regions of a sample."""
+    return [(tensor.offset, tensor.nbytes) for tensor in tensors]
+
+
+def _check_sample(folder: Path, name: str, regions: Sequence[tuple[int, int]], expected: str, hint: str) -> None:
+    try:
+        got = sample_sha256(folder / name, regions)
+    except OSError as err:
+        raise unreadable(folder, name, err) from err
+    if got != expected:
+        raise ArtifactMismatchError(
+            f"`{name}` changed after the export",
+            details={"bundle": folder, "got": f"sample sha256 {got}", "expected": f"sample sha256 {expected}"},
+            hint=hint,
+        )
+
+
+def unreadable(folder: Path, name: str, err: OSError) -> ArtifactMismatchError:
+    """The error for a file of a bundle that the system does not let read."""
+    return ArtifactMismatchError(
+        f"`{name}` cannot be read",
+        details={"bundle": folder, "reason": err.strerror or err},
+        hint="check its permissions",
+    )
 
 
 def _same_time(got_ns: int, recorded_ns: int) -> bool:
@@ -396,42 +383,22 @@ def _same_time(got_ns: int, recorded_ns: int) -> bool:
     return got_ns == recorded_ns or got_ns == recorded_ns - recorded_ns % whole_second
 
 
-def manifest_from_export(
-    checkpoint: Checkpoint,
-    *,
-    dtype: str,
-    task: str,
-    io: Sequence[Mapping[str, Any]],
-    ops: Mapping[str, int],
-    functions: Mapping[str, Mapping[str, Any]],
-    kv_cache: Mapping[str, Any] | None,
-    generator: Mapping[str, str],
-    weights: Sequence[WeightFile],
-    weight_hashes: Mapping[str, str],
-) -> dict[str, Any]:
-    """The manifest's content; keys are documented in README, section "The bundle"."""
-    model = dataclasses.asdict(checkpoint.config)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "generator": {"llama_export": __version__, **generator},
-        "task": task,
-        "model": model,
-        "dtype": dtype,
-        "io": list(io),
-        "kv_cache": None if kv_cache is None else dict(kv_cache),
-        "rope": model["rope"],
-        "eos_token_ids": stop_token_ids(checkpoint),
-        "weights": [
-            {
-                "file": file.name, "size": file.size, "mtime_ns": file.mtime_ns, "header_sha256": file.header_sha256,
-                **({"sha256": weight_hashes[file.name]} if file.name in weight_hashes else {}),
-            }
-            for file in weights
-        ],
-        "graph_sha256": functions["standard"]["sha256"],
-        "functions": {target: dict(facts) for target, facts in functions.items()},
-        "ops": dict(ops),
-    }  # fmt: skip
+def weight_record(path: Path, file: WeightFile, *, hashes: bool) -> WeightRecord:
+    """What the manifest states about a weight file.
+
+    Args:
+        path: where it lies.
+        file: what its reader found, with the modification time to record.
+        hashes: hash every byte.
+    """
+    return WeightRecord(
+        file=file.name,
+        size=file.size,
+        mtime_ns=file.mtime_ns,
+        header_sha256=file.header_sha256,
+        sha256=sha256_of_file(path) if hashes else None,
+        sample_sha256=sample_sha256(path, tensor_regions(read_safetensors_header(path)[1])),
+    )
 
 
 def stop_token_ids(checkpoint: Checkpoint) -> list[int]:
@@ -534,7 +501,7 @@ def plan_destination(
 def _check_links(checkpoint: Checkpoint, folder: Path) -> None:
     """Links one weight file, to be told before the work and not after it that hard links do not get there."""
     with staging_folder(folder) as scratch:
-        _link((checkpoint.folder / checkpoint.files[0].name).resolve(), scratch / "probe")
+        link_file((checkpoint.folder / checkpoint.files[0].name).resolve(), scratch / "probe")
 
 
 def _check_in_place(checkpoint: Checkpoint, force: bool) -> None:
@@ -595,9 +562,11 @@ def staged_bundle(destination: Destination) -> Iterator[Path]:
             if destination.in_place:
                 # An export's manifest knows no quantised variant: those of the export before it go with that one's.
                 stale = [name for variant in VARIANTS for name in variant_names(variant) if (target / name).exists()]
-                commit(staging, target, obsolete=stale)
+                with locked(target):
+                    commit(staging, target, obsolete=stale)
             else:
-                replace_folder(staging, target)
+                with locked(target) if target.is_dir() else contextlib.nullcontext():
+                    replace_folder(staging, target)
             for folder in {home, *(folder.parent for folder in new_parents)}:
                 sync(folder)
     except OSError as err:
@@ -607,16 +576,52 @@ def staged_bundle(destination: Destination) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def staged_variant(folder: Path) -> Iterator[Path]:
-    """A folder to write a quantised variant and the new manifest into; its files replace those of ``folder`` together.
+def unchanged(bundle: Bundle, staging: Path, *, replacing: str | None = None) -> Iterator[Manifest]:
+    """Holds the bundle's lock for a commit and gives the manifest as it is now.
+
+    Args:
+        bundle: what was opened before the work.
+        staging: the folder that will be committed.
+        replacing: see :func:`load_bundle`.
 
     Raises:
-        ToolchainError: no space. ExportError: any other failure to write.
+        ArtifactMismatchError: the bundle was exported again since then. ConfigError: its manifest cannot be read any more.
     """
+    try:
+        with locked(bundle.folder):
+            if not staging.is_dir():  # the folder itself was replaced, and the staging folder with it
+                raise _replaced(bundle.folder)
+            _finish_interrupted(bundle.folder)
+            current = read_manifest(bundle.folder, replacing=replacing)
+            if not current.is_same_export(bundle.manifest):
+                raise _replaced(bundle.folder)
+            yield current
+    except FileNotFoundError as err:
+        if staging.is_dir():
+            raise
+        raise _replaced(bundle.folder) from err
+
+
+def _replaced(folder: Path) -> ArtifactMismatchError:
+    return ArtifactMismatchError(
+        "the bundle was exported again while this command ran",
+        details={"bundle": folder, "expected": "the graphs and weights that this command began with"},
+        hint="run the command again; nothing was written",
+    )
+
+
+@contextlib.contextmanager
+def staged_variant(bundle: Bundle) -> Iterator[Path]:
+    """A folder to write a quantised variant into, for :func:`commit_variant`; nothing of it stays without that.
+
+    Raises:
+        ToolchainError: no space. ArtifactMismatchError: the bundle was replaced. ExportError: any other failure to write.
+    """
+    folder = bundle.folder
+    staging = None
     try:
         with staging_folder(folder) as staging:
             yield staging
-            commit(staging, folder)
     except OSError as err:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ToolchainError(
@@ -624,32 +629,38 @@ def staged_variant(folder: Path) -> Iterator[Path]:
                 details={"where": folder, "got": err.strerror or err, "expected": "room for the quantised weights"},
                 hint="free some space; the bundle is as it was",
             ) from err
+        if isinstance(err, FileNotFoundError) and staging is not None and str(staging) in str(err.filename):
+            raise _replaced(folder) from err
         raise write_error(err, folder) from err
 
 
+def commit_variant(bundle: Bundle, staging: Path, record: QuantizedRecord) -> None:
+    """A variant's files and its entry in the manifest appear together. Entries that others made meanwhile stay.
+
+    Raises:
+        ArtifactMismatchError: the bundle was exported again meanwhile. OSError: see :func:`llama_export._commit.commit`.
+    """
+    with unchanged(bundle, staging, replacing=record.type) as current:
+        (staging / MANIFEST_NAME).write_bytes(json_bytes(current.with_variant(record).to_json()))
+        commit(staging, bundle.folder)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes beside ``path`` under a temporary name, syncs, renames.
+    """Writes into a hidden folder beside ``path``, syncs, renames. If this is killed, the next write beside ``path`` removes
+    what is left of it.
 
     Raises:
         ToolchainError: no space. ExportError: any other failure to write.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-
-    def remove() -> None:
-        with contextlib.suppress(OSError):  # renamed, or it is the folder that is at fault
-            temporary.unlink()
-
     try:
-        with undone(remove), temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with staging_folder(path.parent) as staging:
+            temporary = staging / path.name
+            temporary.write_bytes(data)
+            sync(temporary)
             os.replace(temporary, path)
         sync(path.parent)
     except OSError as err:
         raise write_error(err, path) from err
-    finally:
-        remove()
 
 
 def write_error(err: OSError, where: Path) -> ToolchainError | ExportError:
@@ -667,136 +678,6 @@ def write_error(err: OSError, where: Path) -> ToolchainError | ExportError:
         details={"reason": err.strerror or err},
         hint="check the path and its permissions",
     )
-
-
-def place_text_files(checkpoint: Checkpoint, staging: Path) -> None:
-    """Copies the config and what the tokenizer is made of."""
-    for name in ("config.json", *TOKENIZER_FILES):
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, staging / name)
-
-
-def place_weights(
-    checkpoint: Checkpoint, staging: Path, weights: WeightsMode, log: Callable[[str], None], progress: Progress
-) -> int:
-    """Brings the checkpoint's weight files, and their index, into ``staging``.
-
-    Args:
-        checkpoint: where they come from; symbolic links (a hub cache) are followed to the files themselves.
-        staging: an empty folder.
-        weights: ``auto``, ``link`` or ``copy``.
-        log: told once if ``auto`` has to copy, and who refuses hard links.
-        progress: receives the copying.
-
-    Returns:
-        The weight bytes really written.
-
-    Raises:
-        ExportError: a hard link is not possible.
-    """
-    source, written, shares_blocks = checkpoint.folder, 0, weights == "auto"
-    if (source / INDEX_NAME).is_file():
-        shutil.copyfile(source / INDEX_NAME, staging / INDEX_NAME)
-    if weights == "link":
-        log(f"export: {LINK_NOTE}")
-    for file in checkpoint.files:
-        real, target = (source / file.name).resolve(), staging / file.name
-        if weights == "link":
-            _link(real, target)
-            continue
-        if shares_blocks and (reason := _reflink(real, target)):
-            shares_blocks = False
-            log(
-                f"export: copying the weights: {reason}; in place (no -o) nothing is written, nor with hard links (--weights link)"
-            )
-        if not shares_blocks:
-            written += _copy(real, target, progress)
-        shutil.copystat(real, target)
-    if weights == "auto" and shares_blocks:
-        log(
-            "export: the weights share their blocks with the checkpoint (reflinks); a change of either leaves the other alone"
-        )
-    return written
-
-
-LINK_NOTE = (
-    "hard links: onnxruntime and TensorRT read them; the Python package onnx (load, checker) and onnx-ir refuse a file of more "
-    "than one link, and a change of the checkpoint's files changes the bundle's"
-)
-
-
-def _copy(source: Path, target: Path, progress: Progress) -> int:
-    size, written = source.stat().st_size, 0
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while block := reader.read(1 << 22):
-            writer.write(block)
-            written += len(block)
-            progress(target.name, written, size)
-    return written
-
-
-def _link(source: Path, target: Path) -> None:
-    """
-    Raises:
-        ExportError: another file system, one without hard links, or a file of another user.
-    """
-    try:
-        os.link(source, target)
-    except OSError as err:
-        crosses = err.errno == errno.EXDEV
-        raise ExportError(
-            "a hard link is not possible here",
-            details={
-                "from": source,
-                "to": target.parent,
-                "reason": err.strerror or err,
-                **({"expected": "both on one file system, under one mount"} if crosses else {}),
-            },
-            hint="use --weights auto, which copies where it must"
-            + (", or choose -o on the file system of the checkpoint" if crosses else ""),
-        ) from err
-
-
-_FICLONE = 0x40049409
-"""ioctl of linux/fs.h: share the extents of another file (btrfs, XFS, bcachefs)."""
-_NO_REFLINKS = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL)
-
-
-def _reflink(source: Path, target: Path) -> str | None:
-    """Shares the file's blocks instead of copying them. Returns why it could not; then there is no file."""
-    try:
-        import fcntl
-    except ImportError:
-        return "this system has no reflinks"
-    try:
-        with source.open("rb") as reader, target.open("wb") as writer:
-            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
-        return None
-    except OSError as err:
-        target.unlink(missing_ok=True)
-        if err.errno == errno.EXDEV:
-            return "the checkpoint lies on another file system"
-        reason = "this file system has no reflinks" if err.errno in _NO_REFLINKS else "they cannot be reflinked"
-        return f"{reason} ({err.strerror or err})"
-
-
-def shares_blocks(checkpoint: Checkpoint, folder: Path) -> bool:
-    """Whether weight files can be reflinked into a folder; told by trying the first one."""
-    try:
-        return _can_reflink(checkpoint.folder / checkpoint.files[0].name, folder)
-    except OSError:  # nothing can be written there, which the export will say
-        return False
-
-
-def _can_reflink(source: Path, folder: Path) -> bool:
-    with staging_folder(folder) as scratch:
-        return _reflink(source.resolve(), scratch / "probe") is None
-
-
-def sha256_of_file(path: Path) -> str:
-    """Hex digest of the content of a regular file."""
-    with open_regular(path) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def json_bytes(data: object) -> bytes:

@@ -584,10 +584,10 @@ def validate(
     from llama_export.bundle import load_bundle
     from llama_export.parity import journal
     from llama_export.parity.judge import ValidateConfig
-    from llama_export.parity.report import print_summary, require_plots, write_report
+    from llama_export.parity.report import print_summary, report_folder, require_plots, write_report
     from llama_export.parity.validate import validate_bundle
 
-    folder = report if report is not None else bundle / "report"
+    folder = report_folder(bundle) if report is None else report
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
     config = ValidateConfig(
         stages=_names(stages), require=_names(require), steps=steps, seed=seed, text=text, cases=folder / "operations",
@@ -719,6 +719,29 @@ def bench(
 
 
 @cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--record", is_flag=True, help="Add the hashes that BUNDLE/manifest.json lacks, unless a file changed.")
+@_json_flag
+def verify(bundle: Path, record: bool, as_json: bool) -> None:
+    """Read every byte of BUNDLE and compare it with the recorded hashes. Exit code 2 if a file changed."""
+    from llama_export.verify import verify_bundle
+
+    with _progress("bytes") as progress:
+        result = verify_bundle(bundle, record=record, log=_log, progress=progress)
+    lines = [
+        f"{file.status:<8} {file.bytes:>15,}  {file.file}  ({', '.join(file.checked)})"
+        + (f": {file.problem}" if file.problem else ", recorded" if file.file in result.recorded else "")
+        for file in result.files
+    ]
+    _print(dataclasses.asdict(result), as_json, "\n".join(lines))
+    if result.status == "unknown":
+        _log("verify: unknown: no hash of these files is recorded; if they are right, run again with --record")
+    if result.status == "changed":
+        _log("verify: a file is not what was exported: restore it from its source, or export again")
+        raise click.exceptions.Exit(2)
+
+
+@cli.command()
 @click.argument("path", type=_PATH)
 @_json_flag
 def inspect(path: Path, as_json: bool) -> None:
@@ -734,7 +757,7 @@ def inspect(path: Path, as_json: bool) -> None:
         from llama_export.bundle import load_bundle
 
         opened = load_bundle(path)
-        data = {**opened.manifest, "engines": [engine.name for engine in opened.engines]}
+        data = {**opened.manifest.to_json(), "engines": [engine.name for engine in opened.engines]}
     _print(data, as_json, "\n".join(_lines(data)))
 
 

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_export.bundle import Progress, json_bytes
+from llama_export.bundle import json_bytes
 from llama_export.checkpoint import (
     DTYPE_BYTES,
     DTYPE_OF_SAFETENSORS,
@@ -40,6 +40,7 @@ from llama_export.checkpoint import (
 )
 from llama_export.config import load_json_object
 from llama_export.errors import CheckpointError, ConfigError, MissingDependencyError
+from llama_export.placement import Progress
 
 try:
     import ml_dtypes

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_export.bundle import Progress
 from llama_export.checkpoint import Checkpoint, TensorEntry
 from llama_export.errors import ExportError, MissingDependencyError
+from llama_export.placement import Progress
 
 try:
     import onnx

@@ -35,6 +35,7 @@ from typing import Any, cast
 
 from llama_export import __version__, plugins
 from llama_export._commit import commit, staging_folder
+from llama_export._content import sha256_of_file
 from llama_export._interrupt import deferred, undone
 from llama_export._plan import is_readable, read_plan
 from llama_export._process import peak_rss_bytes
@@ -50,15 +51,7 @@ from llama_export._tensorrt import (
     plan_writer,
     progress_monitor,
 )
-from llama_export.bundle import (
-    ENGINES_NAME,
-    Bundle,
-    Progress,
-    json_bytes,
-    sha256_of_file,
-    write_atomically,
-    write_error,
-)
+from llama_export.bundle import ENGINES_NAME, Bundle, json_bytes, unchanged, write_error
 from llama_export.config import CUSTOM_OPS, DType, EngineConfig, Task
 from llama_export.engine_network import check_network
 from llama_export.engine_sidecar import CreatedBy, EngineSidecar, PluginIdentity, Profiles
@@ -92,6 +85,7 @@ from llama_export.estimate import estimate_build
 from llama_export.graph_check import DOMAIN, check_graph
 from llama_export.graph_io import INTERFACES
 from llama_export.kv_cache import CAPACITY
+from llama_export.placement import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +193,7 @@ def build_engine(
             onnx_sha256=sha256_of_file(bundle.model_path),
             engine_sha256=plan.sha256,
             bytes=plan.nbytes,
-            model=dict(bundle.manifest["model"]),
+            model=bundle.manifest.to_json()["model"],
             task=cast(Task, bundle.task),
             dtype=cast(DType, bundle.dtype),
             weights=weights_record(config.weights, tensors),
@@ -225,7 +219,8 @@ def build_engine(
                 f"build: TensorRT brings {', '.join(copied)} into another layout in every run; --weights constant does it once "
                 "(a vocabulary that is a multiple of 8 and plugin ops avoid it)"
             )
-        commit_engine(staged, sidecar)
+        write_sidecar(staged, sidecar)
+        commit_engine(staged, bundle)
     log(f"build: done in {seconds:.1f} s, {plan.nbytes:,} bytes, {ENGINES_NAME}/{target.name}")
     return EngineResult(
         engine=str(target),
@@ -516,13 +511,6 @@ _REFUSALS = {
 """What TensorRT says -> what to do."""
 
 
-def write_engine(target: Path, content: bytes, sidecar: EngineSidecar) -> None:
-    """An engine whose bytes are there already, and its sidecar."""
-    with engine_staging(target) as staged:
-        staged.write_bytes(content)
-        commit_engine(staged, sidecar)
-
-
 @contextlib.contextmanager
 def engine_staging(target: Path) -> Iterator[Path]:
     """Where to write an engine before :func:`commit_engine`; nothing stays of it without one.
@@ -548,11 +536,19 @@ def engine_staging(target: Path) -> Iterator[Path]:
         remove_new_folder()
 
 
-def commit_engine(staged: Path, sidecar: EngineSidecar) -> None:
+def write_sidecar(staged: Path, sidecar: EngineSidecar) -> None:
+    """The sidecar beside an engine that :func:`commit_engine` will move into place."""
+    staged.with_suffix(".json").write_bytes(json_bytes(sidecar.to_json()))
+
+
+def commit_engine(staged: Path, bundle: Bundle) -> None:
     """Engine and sidecar appear together, or the old ones stay, whenever this is killed: see :mod:`llama_export._commit`.
 
     The engine is not synced, which would take as long as the build: what a power cut makes of it, its hash tells, and a build
     makes it again.
+
+    Raises:
+        ArtifactMismatchError: the bundle was exported again since it was opened.
     """
-    write_atomically(staged.with_suffix(".json"), json_bytes(sidecar.to_json()))
-    commit(staged.parent, staged.parent.parent, unsynced={staged.name})
+    with unchanged(bundle, staged.parent):
+        commit(staged.parent, staged.parent.parent, unsynced={staged.name})

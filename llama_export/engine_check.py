@@ -161,7 +161,7 @@ def _sidecar_problems(sidecar: EngineSidecar, bundle: Bundle) -> list[str]:
     )
     plugin_ops, capacity = settings.plugin_ops & bundle.ops, resolve_capacity(bundle.config, sidecar.max_seq_len)
     expected: dict[str, object] = {
-        "onnx_sha256": bundle.manifest["graph_sha256"],
+        "onnx_sha256": bundle.manifest.graph_sha256,
         "task": bundle.task,
         "dtype": bundle.dtype,
         "kv_cache_capacity": capacity if INTERFACES[bundle.task].has_cache else None,

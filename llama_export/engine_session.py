@@ -477,7 +477,7 @@ class EngineHeadSession:
         self.max_seq_len = self.sidecar.max_seq_len
         self.note = note
         """What a user must know of this session, if anything: see ``note`` of the class."""
-        self._output_shapes = {e["name"]: e["shape"] for e in bundle.manifest["io"] if e["kind"] == "output"}
+        self._output_shapes = {e.name: e.shape for e in bundle.manifest.io if e.kind == "output"}
 
     def run(
         self,
@@ -511,7 +511,10 @@ class EngineHeadSession:
         self._loaded.feed("attention_mask", mask)
         sizes = {"batch_size": ids.shape[0], "num_tokens": ids.shape[1]}
         return self._loaded.run(
-            {name: tuple(sizes.get(dim, dim) for dim in shape) for name, shape in self._output_shapes.items()}
+            {
+                name: tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape)
+                for name, shape in self._output_shapes.items()
+            }
         )
 
     def close(self) -> None:

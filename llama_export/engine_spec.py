@@ -80,13 +80,13 @@ def engine_io(bundle: Bundle, capacity: int) -> tuple[EngineTensor, ...]:
     """The manifest's inputs and outputs with C a number."""
     return tuple(
         EngineTensor(
-            name=entry["name"],
-            kind=entry["kind"],
-            dtype=entry["dtype"],
-            shape=tuple(capacity if dim == CAPACITY else dim for dim in entry["shape"]),
-            alias_of=entry["alias_of"],
+            name=tensor.name,
+            kind=tensor.kind,
+            dtype=tensor.dtype,
+            shape=tuple(capacity if dim == CAPACITY else dim for dim in tensor.shape),
+            alias_of=tensor.alias_of,
         )
-        for entry in bundle.manifest["io"]
+        for tensor in bundle.manifest.io
     )
 
 

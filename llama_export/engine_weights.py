@@ -119,7 +119,7 @@ def weights_record(mode: EngineWeights, entries: Sequence[TensorEntry]) -> Engin
 
 def model_differences(recorded: Mapping[str, Any], bundle: Bundle) -> list[str]:
     """Facts of the config in which a bundle's model differs from the one an engine was built for."""
-    got, expected = _flat(bundle.manifest["model"]), _flat(recorded)
+    got, expected = _flat(bundle.manifest.to_json()["model"]), _flat(recorded)
     return [
         f"{key}: {got.get(key)}, the engine was built for {expected.get(key)}"
         for key in sorted(expected.keys() | got.keys())

@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import cast
 
 from llama_export._process import available_memory
-from llama_export.bundle import Bundle, Destination, shares_blocks
+from llama_export.bundle import Bundle, Destination
 from llama_export.checkpoint import DTYPE_BYTES, Checkpoint, read_safetensors_header
 from llama_export.config import EngineConfig, ExportConfig, Task, expected_tensors
 from llama_export.errors import ToolchainError
 from llama_export.graph_io import INTERFACES
+from llama_export.placement import shares_blocks
 
 MARGIN = 1.1
 """A refusal for memory needs so many times what is available; the formulas are within 10 % of what was measured."""
@@ -214,7 +215,7 @@ def build_work(bundle: Bundle, config: EngineConfig) -> BuildWork:
         profiles=profiles,
         ops=ops,
         engine_weight_bytes=inside,
-        mapped_bytes=sum(entry["size"] for entry in bundle.manifest["weights"]),
+        mapped_bytes=sum(entry.size for entry in bundle.manifest.weights),
         embedded_bytes=bundle.model_path.stat().st_size if bundle.is_embedded else 0,
         largest_cast_bytes=largest_cast,
     )
@@ -222,8 +223,8 @@ def build_work(bundle: Bundle, config: EngineConfig) -> BuildWork:
 
 def stored_dtype(bundle: Bundle) -> str:
     """The dtype of the embedding in the weight files. Where they are embedded it is taken for the compute dtype."""
-    for file in bundle.manifest["weights"]:
-        for entry in read_safetensors_header(bundle.folder / file["file"])[1]:
+    for file in bundle.manifest.weights:
+        for entry in read_safetensors_header(bundle.folder / file.file)[1]:
             if entry.name.endswith("embed_tokens.weight"):
                 return entry.dtype
     return bundle.dtype

@@ -45,19 +45,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_export import __version__
+from llama_export._content import sha256_of_file
 from llama_export._process import collector_paused, peak_rss_bytes
 from llama_export.bundle import (
-    MANIFEST_NAME,
-    MODEL_NAME,
-    ONNXRUNTIME_NAME,
-    Progress,
     json_bytes,
-    manifest_from_export,
-    place_text_files,
-    place_weights,
     plan_destination,
-    sha256_of_file,
     staged_bundle,
+    stop_token_ids,
+    weight_record,
 )
 from llama_export.checkpoint import Checkpoint, TensorEntry, WeightFile, load_checkpoint, resolve_dtype
 from llama_export.config import ExportConfig, LlamaConfig, Task, count_parameters
@@ -65,6 +61,17 @@ from llama_export.errors import ExportError, MissingDependencyError
 from llama_export.estimate import estimate_export
 from llama_export.graph_io import INTERFACES, is_single_text
 from llama_export.kv_cache import GRANULARITY, LAYOUT, cache_names
+from llama_export.manifest import (
+    MANIFEST_NAME,
+    MODEL_NAME,
+    ONNXRUNTIME_NAME,
+    SCHEMA_VERSION,
+    CacheRecord,
+    GraphRecord,
+    IoRecord,
+    Manifest,
+)
+from llama_export.placement import Progress, place_text_files, place_weights
 
 try:
     import onnx
@@ -179,31 +186,38 @@ def export_checkpoint(
         if not destination.in_place:
             files = [_as_it_lies(file, staging) for file in files]
         standard = models["standard"][2]
-        manifest = manifest_from_export(
-            checkpoint,
-            dtype=dtype,
-            task=task,
-            io=io_table(standard),
-            ops={op: ops.OP_SPECS[op].version for op in sorted(custom_op_counts(standard))},
-            functions={
-                target: {
-                    "file": name,
-                    "sha256": sha256_of_file(staging / name),
-                    "dtype": target_dtype,
-                    "readers": _READERS[target].format(dtype=target_dtype),
-                }
-                for target, (name, target_dtype, _) in models.items()
+        functions = {
+            target: GraphRecord(
+                file=name,
+                sha256=sha256_of_file(staging / name),
+                dtype=target_dtype,
+                readers=_READERS[target].format(dtype=target_dtype),
+            )
+            for target, (name, target_dtype, _) in models.items()
+        }
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            generator={
+                "llama_export": __version__,
+                "torch": str(torch.__version__),
+                "onnx": onnx.__version__,
+                "opset": str(ops.OPSET_VERSION),
             },
-            kv_cache={"layout": LAYOUT, "dtype": dtype, "granularity": GRANULARITY}
+            task=task,
+            model=llama,
+            dtype=dtype,
+            io=io_table(standard),
+            rope=llama.rope,
+            eos_token_ids=tuple(stop_token_ids(checkpoint)),
+            ops={op: ops.OP_SPECS[op].version for op in sorted(custom_op_counts(standard))},
+            graph_sha256=functions["standard"].sha256,
+            functions=functions,
+            kv_cache=CacheRecord(layout=LAYOUT, dtype=dtype, granularity=GRANULARITY)
             if INTERFACES[task].has_cache
             else None,
-            generator={"torch": torch.__version__, "onnx": onnx.__version__, "opset": str(ops.OPSET_VERSION)},
-            weights=files,
-            weight_hashes={file.name: sha256_of_file(weights_at / file.name) for file in files}
-            if config.hash_weights
-            else {},
+            weights=tuple(weight_record(weights_at / file.name, file, hashes=config.hash_weights) for file in files),
         )
-        (staging / MANIFEST_NAME).write_bytes(json_bytes(manifest))
+        (staging / MANIFEST_NAME).write_bytes(json_bytes(manifest.to_json()))
     seconds = time.perf_counter() - start
     referenced = 0 if embed else checkpoint.weight_bytes
     log(f"export: done in {seconds:.1f} s after imports, {written:,} weight bytes written, {referenced:,} referenced")
@@ -555,23 +569,23 @@ def check_model(proto: onnx.ModelProto) -> None:
         raise ExportError("onnx.checker refused the exported graph", details={"reason": err}, hint=_REPORT) from err
 
 
-def io_table(proto: onnx.ModelProto) -> list[Mapping[str, Any]]:
+def io_table(proto: onnx.ModelProto) -> tuple[IoRecord, ...]:
     """Inputs, then outputs: name, dtype, shape (integers and symbols), and what an output may share memory with."""
     aliases = {present: past for past, present in cache_names(len(proto.graph.output) // 2)}  # none without a cache
-    table: list[Mapping[str, Any]] = []
+    table: list[IoRecord] = []
     for kind, values in (("input", proto.graph.input), ("output", proto.graph.output)):
         for value in values:
             tensor = value.type.tensor_type
             table.append(
-                {
-                    "name": value.name,
-                    "kind": kind,
-                    "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
-                    "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
-                    "alias_of": aliases.get(value.name) if kind == "output" else None,
-                }
+                IoRecord(
+                    name=value.name,
+                    kind=kind,
+                    dtype=onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
+                    shape=tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim),
+                    alias_of=aliases.get(value.name) if kind == "output" else None,
+                )
             )
-    return table
+    return tuple(table)
 
 
 @contextlib.contextmanager

@@ -43,11 +43,12 @@ from typing import NamedTuple
 
 from llama_export._files import is_plain_name, leads_out, open_regular
 from llama_export._onnx_bytes import Buffer, Function, Known, Limits, Node, Refused, Tensor, read_graph
-from llama_export.bundle import Bundle, variant_names
+from llama_export.bundle import Bundle
 from llama_export.checkpoint import TensorEntry, read_safetensors_header
 from llama_export.config import VARIANTS, count_parameters
 from llama_export.errors import ArtifactMismatchError
 from llama_export.graph_io import INTERFACES
+from llama_export.manifest import variant_names
 
 DOMAIN = "llama_export"
 """Domain of the custom ops and their functions; must equal ``ops.DOMAIN``."""
@@ -160,7 +161,7 @@ def _checked_functions(functions: Sequence[Function]) -> dict[str, Function]:
 
 def _checked_places(bundle: Bundle, path: Path, tensors: Sequence[Tensor], by_header: bool) -> list[ExternalTensor]:
     """Every tensor outside the graph lies within its file, and where the header of a safetensors file says."""
-    weights = {str(entry["file"]) for entry in bundle.manifest["weights"]}
+    weights = {entry.file for entry in bundle.manifest.weights}
     packed = {data for graph, data in map(variant_names, VARIANTS) if graph == path.name}
     headers: dict[str, dict[str, TensorEntry]] = {}
     sizes: dict[str, int] = {}

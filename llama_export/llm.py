@@ -360,7 +360,7 @@ class LLM:
         reused = self._reusable(prompts[0]) if alone else 0
         events = generate_steps(
             self.session, prompts, params,
-            eos_token_ids=self.bundle.manifest["eos_token_ids"], codec=self.codec, reused_tokens=reused,
+            eos_token_ids=self.bundle.manifest.eos_token_ids, codec=self.codec, reused_tokens=reused,
         )  # fmt: skip
         if self._latest is not None:
             self._latest.give_way()

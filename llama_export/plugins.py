@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_export.bundle import sha256_of_file
+from llama_export._content import sha256_of_file
 from llama_export.config import CUSTOM_OPS, LlamaConfig
 from llama_export.errors import ToolchainError
 

@@ -52,18 +52,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_export._content import sample_sha256, sha256_of_file
 from llama_export._files import open_regular
 from llama_export._process import peak_rss_bytes
 from llama_export.bundle import (
-    MANIFEST_NAME,
     Bundle,
-    Progress,
-    json_bytes,
-    sha256_of_file,
+    commit_variant,
     staged_variant,
-    variant_names,
 )
-from llama_export.config import VARIANTS, LlamaConfig
+from llama_export.config import LlamaConfig
 from llama_export.errors import (
     CheckpointError,
     ConfigError,
@@ -73,6 +70,8 @@ from llama_export.errors import (
 )
 from llama_export.estimate import free_disk
 from llama_export.graph_check import check_graph
+from llama_export.manifest import QuantizedRecord, variant_names
+from llama_export.placement import Progress
 
 try:
     import onnx
@@ -169,23 +168,23 @@ def quantize_bundle(
     scheme = scheme or _scheme(kind)
     _check_request(bundle, kind, force)
     check_graph(bundle, bundle.onnxruntime_path)
-    source = onnx.load(str(bundle.onnxruntime_path), load_external_data=False)
+    source_bytes = bundle.onnxruntime_path.read_bytes()
+    source = onnx.load_model_from_string(source_bytes)
     plan = plan_quantization(source, bundle.config, kind, scheme)
     _check_disk(bundle, plan, ignore_estimate, log)
     graph_name, data_name = variant_names(kind)
-    with staged_variant(bundle.folder) as staging:
+    with staged_variant(bundle) as staging:
         data_sha256 = _write_data(plan, bundle, staging / data_name, progress)
         (staging / graph_name).write_bytes(plan.model.SerializeToString())
-        entry: dict[str, Any] = {
-            "type": kind, "bits": scheme.bits, "block_size": scheme.block_size, "accuracy_level": scheme.accuracy_level,
-            "symmetric": scheme.symmetric, "file": graph_name, "size": (staging / graph_name).stat().st_size,
-            "sha256": sha256_of_file(staging / graph_name), "data": data_name, "data_size": plan.nbytes,
-            "data_mtime_ns": (staging / data_name).stat().st_mtime_ns, "data_sha256": data_sha256,
-            "source_sha256": sha256_of_file(bundle.onnxruntime_path),
-        }  # fmt: skip
-        made = {**bundle.manifest.get("quantized", {}), kind: entry}
-        made = {name: made[name] for name in VARIANTS if name in made}
-        (staging / MANIFEST_NAME).write_bytes(json_bytes({**bundle.manifest, "quantized": made}))
+        record = QuantizedRecord(
+            type=kind, bits=scheme.bits, block_size=scheme.block_size, accuracy_level=scheme.accuracy_level,
+            symmetric=scheme.symmetric, file=graph_name, size=(staging / graph_name).stat().st_size,
+            sha256=sha256_of_file(staging / graph_name), data=data_name, data_size=plan.nbytes,
+            data_mtime_ns=(staging / data_name).stat().st_mtime_ns, data_sha256=data_sha256,
+            data_sample_sha256=sample_sha256(staging / data_name, [(0, plan.nbytes)]),
+            source_sha256=hashlib.sha256(source_bytes).hexdigest(),
+        )  # fmt: skip
+        commit_variant(bundle, staging, record)
     seconds = time.perf_counter() - start
     log(f"quantize: {kind}, {plan.weights:,} weights in {plan.nbytes:,} bytes, done in {seconds:.1f} s")
     return QuantizeResult(
@@ -193,7 +192,7 @@ def quantize_bundle(
         type=kind,
         bits=scheme.bits,
         block_size=scheme.block_size,
-        bytes=plan.nbytes + entry["size"],
+        bytes=plan.nbytes + record.size,
         seconds=round(seconds, 3),
         peak_rss_bytes=peak_rss_bytes(),
     )
@@ -219,7 +218,7 @@ def _check_request(bundle: Bundle, kind: str, force: bool) -> None:
     if kind in bundle.variants and not force:
         raise ConfigError(
             f"this bundle has {kind} weights already",
-            details={"bundle": bundle.folder, "got": bundle.manifest["quantized"][kind]["file"]},
+            details={"bundle": bundle.folder, "got": bundle.manifest.quantized[kind].file},
             hint="pass --force to make them again",
         )
 

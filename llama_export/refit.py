@@ -15,7 +15,7 @@ from llama_export._tensorrt import load_onnx
 from llama_export.bundle import ENGINES_NAME, Bundle
 from llama_export.checkpoint import TensorEntry
 from llama_export.config import EngineConfig
-from llama_export.engine import tensorrt_proto, write_engine
+from llama_export.engine import commit_engine, engine_staging, tensorrt_proto, write_sidecar
 from llama_export.engine_check import check_engine, inspect_engine
 from llama_export.engine_sidecar import EngineSidecar
 from llama_export.engine_spec import rebuild_command
@@ -80,12 +80,15 @@ def refit_engine(
         )
     refitted = replace(
         sidecar,
-        onnx_sha256=bundle.manifest["graph_sha256"],
-        model=dict(bundle.manifest["model"]),
+        onnx_sha256=bundle.manifest.graph_sha256,
+        model=bundle.manifest.to_json()["model"],
         weights=weights_record("input", tensors),
     )
-    write_engine(target, engine_path.read_bytes(), refitted)
-    check_engine(bundle, target)
+    with engine_staging(target) as staged:
+        staged.write_bytes(engine_path.read_bytes())
+        write_sidecar(staged, refitted)
+        check_engine(bundle, staged)  # before the commit: an engine that is there may be a good one
+        commit_engine(staged, bundle)
     log(f"refit: {ENGINES_NAME}/{target.name} takes {len(tensors)} weights from {bundle.folder}")
     return RefitResult(
         engine=str(target),

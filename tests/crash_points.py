@@ -118,7 +118,11 @@ def write_engine(target: Path, content: str) -> int:
     sidecar: Any = SimpleNamespace(
         to_json=lambda: {"content": content}
     )  # what is written of it is all that matters here
-    engine.write_engine(target, content.encode() * 1000, sidecar)
+    bundle = load_bundle(target.parents[1])
+    with engine.engine_staging(target) as staged:
+        staged.write_bytes(content.encode() * 1000)
+        engine.write_sidecar(staged, sidecar)
+        engine.commit_engine(staged, bundle)
     return 0
 
 

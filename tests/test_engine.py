@@ -74,7 +74,7 @@ def test_engine_and_sidecar_are_what_the_config_implies(built: dict[str, tuple[B
     bundle, path = built[dtype]
     sidecar = inspect_engine(path)
     assert path.name == f"{dtype}-native-c{CAPACITY}-b3.tensorrt-rtx.engine"
-    assert sidecar.onnx_sha256 == bundle.manifest["graph_sha256"]
+    assert sidecar.onnx_sha256 == bundle.manifest.graph_sha256
     assert (sidecar.dtype, sidecar.kv_cache_capacity, sidecar.max_batch) == (dtype, CAPACITY, 3)
     assert asdict(sidecar.settings) == {
         "tf32": False, "strongly_typed": True, "decomposable_attention": dtype == "float32", "version_compatible": False,
@@ -321,14 +321,10 @@ def test_an_interrupted_build_leaves_nothing(bundle: Bundle, interruption: type[
 
 
 def test_a_failed_write_leaves_nothing(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = engine.write_atomically
+    def fail_at_the_sidecar(staged: Path, sidecar: object) -> None:
+        raise ExportError("cannot write")
 
-    def fail_at_the_sidecar(path: Path, data: bytes) -> None:
-        if path.suffix == ".json":
-            raise ExportError("cannot write")
-        right(path, data)
-
-    monkeypatch.setattr(engine, "write_atomically", fail_at_the_sidecar)
+    monkeypatch.setattr(engine, "write_sidecar", fail_at_the_sidecar)
     with pytest.raises(ExportError):
         build_engine(bundle, SMALL)
     assert not (bundle.folder / "engines").exists()

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from conftest import edit_json
 from gpu_stand_ins import FakeDriver, FakeEngine, put_on_gpu
 from random_llama import write_random_checkpoint
-from support import split_in_shards
+from support import snapshot, split_in_shards
 
 from llama_export import _plan, _tensorrt, engine_session, engine_spec
 from llama_export.bundle import Bundle, load_bundle
@@ -269,6 +270,19 @@ def test_refit_never_overwrites_by_accident(original: tuple[Bundle, Path], tmp_p
     with pytest.raises(ConfigError, match="exists"):
         refit_engine(original[1], other)
     refit_engine(original[1], other, force=True)
+
+
+def test_refit_that_is_refused_keeps_the_engine_that_was_there(original: tuple[Bundle, Path], tmp_path: Path) -> None:
+    other = make_bundle(tmp_path / "other", seed=3)
+    refit_engine(original[1], other)
+    before = snapshot(other.folder)
+    damaged = tmp_path / original[1].name
+    shutil.copy(original[1], damaged)
+    shutil.copy(original[1].with_suffix(".json"), damaged.with_suffix(".json"))
+    edit_json(damaged.with_suffix(".json"), kv_cache_capacity=7)
+    with pytest.raises(ArtifactMismatchError, match="is not an engine of this bundle"):
+        refit_engine(damaged, other, force=True)
+    assert snapshot(other.folder) == before
 
 
 def test_engine_with_weights_inside_cannot_be_refitted(original: tuple[Bundle, Path], tmp_path: Path) -> None:

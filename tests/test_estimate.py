@@ -19,7 +19,7 @@ from random_llama import write_hollow_checkpoint
 from support import check_refused, trace_once
 
 from llama_export import bundle as bundle_module
-from llama_export import engine, estimate
+from llama_export import engine, estimate, placement
 from llama_export import export as export_module
 from llama_export.bundle import Bundle, plan_destination
 from llama_export.checkpoint import load_checkpoint
@@ -38,6 +38,8 @@ from llama_export.estimate import (
     free_disk,
 )
 from llama_export.export import export_checkpoint
+from llama_export.graph_io import INTERFACES
+from llama_export.manifest import GRAPHS, CacheRecord, GraphRecord, IoRecord, Manifest, WeightRecord
 
 Capture = pytest.CaptureFixture[str]
 ROWS: list[dict[str, Any]] = json.loads(estimates.newest().read_text(encoding="utf-8"))["rows"]
@@ -114,7 +116,7 @@ def test_bytes_to_write_are_those_that_are_written(
 ) -> None:  # fmt: skip
     trace_once(monkeypatch)
     checkpoint = load_checkpoint(make_checkpoint())
-    monkeypatch.setattr(bundle_module, "_can_reflink", lambda source, folder: reflinks)
+    monkeypatch.setattr(placement, "_can_reflink", lambda source, folder: reflinks)
     output = tmp_path / "out" if elsewhere else None
     destination = plan_destination(checkpoint, output, force=False, weights=weights)
     work = export_work(checkpoint, destination, ExportConfig(weights=weights, hash_weights=True))
@@ -144,8 +146,20 @@ def hollow_bundle(
     config = write_hollow_checkpoint(folder, {**PUBLISHED[name][0], **changes}, dtype=dtype)
     size = (folder / "model.safetensors").stat().st_size
     ops = {"LlamaAddRMSNorm": 1, "LlamaRMSNorm": 1, "LlamaAttention": 1}
-    weights = [{"file": "model.safetensors", "size": size}]
-    manifest = {"task": "causal-lm", "dtype": compute or dtype, "ops": ops, "weights": weights}
+    interface, none = INTERFACES["causal-lm"], "0" * 64
+    names = [("input", name) for name in interface.input_names(config)]
+    names += [("output", name) for name in interface.output_names(config)]
+    caches = (1, config.num_key_value_heads, 1, config.head_dim)
+    manifest = Manifest(
+        schema_version=1, generator={}, task="causal-lm", model=config, dtype=compute or dtype, rope=config.rope,
+        io=tuple(
+            IoRecord(name=name, kind=kind, dtype=dtype, shape=caches if "." in name else (config.vocab_size,), alias_of=None)
+            for kind, name in names
+        ),
+        kv_cache=CacheRecord(layout="BNSH", dtype=dtype, granularity="linear"), eos_token_ids=(), ops=ops, graph_sha256=none,
+        weights=(WeightRecord(file="model.safetensors", size=size, mtime_ns=0, header_sha256=none),),
+        functions={kind: GraphRecord(file=file, sha256=none, dtype=dtype) for kind, file in GRAPHS.items()},
+    )  # fmt: skip
     return Bundle(folder, manifest, config)
 
 
@@ -181,8 +195,11 @@ def test_cast_weights_count_in_the_compute_dtype_but_the_embedding_as_it_is_stor
 
 def test_heads_without_a_cache_have_one_profile(tmp_path: Path) -> None:
     bundle = hollow_bundle(tmp_path, EIGHT)
-    manifest = {**bundle.manifest, "task": "feature-extraction"}
-    assert build_work(dataclasses.replace(bundle, manifest=manifest), EngineConfig(weights="input")).profiles == 1
+    interface = INTERFACES["feature-extraction"]
+    names = [("input", name) for name in interface.inputs] + [("output", name) for name in interface.outputs]
+    io = tuple(IoRecord(name=name, kind=kind, dtype="int64", shape=(), alias_of=None) for kind, name in names)
+    headless = dataclasses.replace(bundle.manifest, task="feature-extraction", io=io, kv_cache=None)
+    assert build_work(dataclasses.replace(bundle, manifest=headless), EngineConfig(weights="input")).profiles == 1
 
 
 def test_405b_is_estimated_from_headers_in_less_than_a_second(tmp_path: Path, memory: SimpleNamespace) -> None:
@@ -330,7 +347,7 @@ def test_export_without_the_disk_names_what_writes_no_weights(
 ) -> None:
     checkpoint, command = make_checkpoint(), ["-o", tmp_path / "out"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**6, used=0, free=12_345))
-    monkeypatch.setattr(bundle_module, "_can_reflink", lambda source, folder: False)
+    monkeypatch.setattr(placement, "_can_reflink", lambda source, folder: False)
     for options, hint in (
         ([], "export in place (without -o) or with --weights link"),
         (["--weights", "copy"], "export in place (without -o) or with --weights link"),

@@ -72,11 +72,11 @@ def test_task_is_that_of_the_checkpoint(bundles: dict[str, Path]) -> None:
     for task, folder in bundles.items():
         bundle = load_bundle(folder)
         assert bundle.task == task
-        names = [entry["name"] for entry in bundle.manifest["io"] if entry["kind"] == "input"]
+        names = [entry.name for entry in bundle.manifest.io if entry.kind == "input"]
         assert (names == ["input_ids", "attention_mask"]) == (task != "causal-lm")
-        assert (bundle.manifest["kv_cache"] is None) == (task != "causal-lm")
+        assert (bundle.manifest.kv_cache is None) == (task != "causal-lm")
         attention = "LlamaAttention" if task == "causal-lm" else "LlamaMaskedAttention"
-        assert set(bundle.manifest["ops"]) == {"LlamaRMSNorm", "LlamaAddRMSNorm", attention}
+        assert set(bundle.manifest.ops) == {"LlamaRMSNorm", "LlamaAddRMSNorm", attention}
 
 
 # ---- run --------------------------------------------------------------------------------------------------------
@@ -188,8 +188,8 @@ def test_a_classifier_without_a_padding_token_takes_one_text_at_a_time(tmp_path:
     folder = make(tmp_path / "model", "sequence-classification", pad_token_id=None)
     assert main(["export", str(folder)]) == 0
     bundle = load_bundle(folder)
-    shapes = {entry["name"]: entry["shape"] for entry in bundle.manifest["io"]}
-    assert shapes == {"input_ids": [1, "num_tokens"], "attention_mask": [1, "num_tokens"], "logits": [1, 3]}
+    shapes = {entry.name: entry.shape for entry in bundle.manifest.io}
+    assert shapes == {"input_ids": (1, "num_tokens"), "attention_mask": (1, "num_tokens"), "logits": (1, 3)}
     session = OnnxRuntimeHeadSession(bundle)
     with torch.no_grad():
         want = huggingface(folder, "sequence-classification")(torch.tensor([[5, 6, 7]])).logits

@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from random_llama import write_random_checkpoint
 from support import check_refused, patient, snapshot, split_in_shards, trace_once
 
-from llama_export import bundle as bundle_module
 from llama_export import quantization
-from llama_export.bundle import Bundle, load_bundle, sha256_of_file, variant_names
+from llama_export._content import sample_sha256, sha256_of_file
+from llama_export.bundle import Bundle, load_bundle
 from llama_export.cli import main
 from llama_export.config import VARIANTS, ExportConfig
 from llama_export.errors import ArtifactMismatchError, CheckpointError, ConfigError, ExportError, ToolchainError
 from llama_export.export import export_checkpoint
+from llama_export.manifest import SCHEMA_VERSION, QuantizedRecord, variant_names
 from llama_export.parity import quantized_stages as stages_module
 from llama_export.parity.judge import ValidateConfig
 from llama_export.parity.quantized_stages import rounded_weight
@@ -242,14 +243,16 @@ def test_the_manifest_states_what_was_made(quantized: Bundle) -> None:
     assert quantized.variants == VARIANTS
     for kind in VARIANTS:
         graph, data = variant_names(kind)
-        scheme, entry = SCHEMES[kind], quantized.manifest["quantized"][kind]
-        assert entry == {
-            "type": kind, "bits": scheme.bits, "block_size": scheme.block_size, "accuracy_level": 4, "symmetric": kind == "int8",
-            "file": graph, "size": (quantized.folder / graph).stat().st_size, "sha256": sha256_of_file(quantized.folder / graph),
-            "data": data, "data_size": (quantized.folder / data).stat().st_size,
-            "data_mtime_ns": (quantized.folder / data).stat().st_mtime_ns, "data_sha256": sha256_of_file(quantized.folder / data),
-            "source_sha256": sha256_of_file(quantized.onnxruntime_path),
-        }  # fmt: skip
+        scheme, entry = SCHEMES[kind], quantized.manifest.quantized[kind]
+        size = (quantized.folder / data).stat().st_size
+        assert entry == QuantizedRecord(
+            type=kind, bits=scheme.bits, block_size=scheme.block_size, accuracy_level=4, symmetric=kind == "int8",
+            file=graph, size=(quantized.folder / graph).stat().st_size, sha256=sha256_of_file(quantized.folder / graph),
+            data=data, data_size=size,
+            data_mtime_ns=(quantized.folder / data).stat().st_mtime_ns, data_sha256=sha256_of_file(quantized.folder / data),
+            data_sample_sha256=sample_sha256(quantized.folder / data, [(0, size)]),
+            source_sha256=sha256_of_file(quantized.onnxruntime_path),
+        )  # fmt: skip
 
 
 def test_the_checkpoint_is_read_and_not_written(make_checkpoint: MakeCheckpoint) -> None:
@@ -779,4 +782,4 @@ def test_on_a_text_kl_is_judged_and_the_cost_reported(tmp_path: Path) -> None:
 
 def test_the_schema_version_stays(quantized: Bundle) -> None:
     """Readers that know nothing of variants open the bundle as before: the key is an addition."""
-    assert quantized.manifest["schema_version"] == bundle_module.SCHEMA_VERSION == 1
+    assert quantized.manifest.schema_version == SCHEMA_VERSION == 1

@@ -21,7 +21,8 @@ import torch
 from conftest import TINY, MakeCheckpoint
 from safetensors.numpy import load_file, save_file
 
-from llama_export.bundle import Bundle, load_bundle, sha256_of_file
+from llama_export._content import sha256_of_file
+from llama_export.bundle import Bundle, load_bundle
 from llama_export.cli import main
 from llama_export.config import EngineConfig, ExportConfig
 from llama_export.engine import build_engine, execution_blocker

@@ -28,10 +28,10 @@ from support import (
     write_tensors,
 )
 
-from llama_export import bundle as bundle_module
-from llama_export import embedded
+from llama_export import embedded, placement
 from llama_export import export as export_module
-from llama_export.bundle import load_bundle, sha256_of_file
+from llama_export._content import sha256_of_file
+from llama_export.bundle import load_bundle
 from llama_export.checkpoint import load_checkpoint
 from llama_export.cli import main
 from llama_export.config import ExportConfig
@@ -246,7 +246,7 @@ def test_space_is_checked_before_the_work_for_every_way(
 ) -> None:  # fmt: skip
     checkpoint = make_checkpoint()
     least = need(load_checkpoint(checkpoint))
-    monkeypatch.setattr(bundle_module, "_can_reflink", lambda source, folder: False)
+    monkeypatch.setattr(placement, "_can_reflink", lambda source, folder: False)
     monkeypatch.setattr(export_module, "trace_program", lambda *_: pytest.fail("traced before the space was checked"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=least - 1))
     said = check_refused(
@@ -283,7 +283,7 @@ def test_embedded_files_stand_alone(
 
     checkpoint, bundle, _ = embedded_bundles[dtype]
     assert {path.name for path in bundle.iterdir()} == {*GRAPHS, "manifest.json", "config.json"}
-    assert load_bundle(bundle).manifest["weights"] == []
+    assert load_bundle(bundle).manifest.weights == ()
     assert load_bundle(bundle).is_embedded
     stored = read_tensors(checkpoint / WEIGHTS)
     for name, computed in zip(GRAPHS, (dtype, "float32"), strict=True):

@@ -202,8 +202,11 @@ def save_case(
     own = onnx.ModelProto()
     own.CopyFrom(model)
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        if folder.is_symlink():
+            folder.unlink()
+        if not (folder.parent.is_symlink() or folder.parent.parent.is_symlink()):  # nothing is removed through a link
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with (folder / _WEIGHTS).open("wb") as stream:
             for item in own.graph.initializer:
                 _take_along(item, weights, stream)
@@ -217,19 +220,30 @@ def save_case(
 
 
 def remove_cases(folder: Path) -> None:
-    """Removes the cases of an earlier validation, and nothing else.
+    """Removes the cases of an earlier validation, and nothing else. Nothing is removed through a symbolic link.
+
+    Args:
+        folder: ``operations`` in the folder of the report.
 
     Raises:
-        ConfigError: the folder is a symbolic link: what lies behind it is not this report's.
+        ConfigError: ``folder`` is a symbolic link; or the report's folder is one, and cases of an earlier validation are in it.
     """
     if folder.is_symlink():
         raise ConfigError(
-            f"`{folder.name}` in the report's folder is a symbolic link",
-            details={"file": folder, "got": os.path.realpath(folder), "expected": "a folder, or nothing"},
-            hint="remove the link, or give another folder: --report DIR",
+            f"`{folder}` is a symbolic link",
+            details={"got": os.path.realpath(folder), "expected": "a folder that validate makes itself"},
+            hint="remove the link, or give another --report DIR",
         )
-    for path in folder.glob("*/case.json"):
-        shutil.rmtree(path.parent, ignore_errors=True)
+    cases = [path.parent for path in folder.glob("*/case.json")]
+    if cases and folder.parent.is_symlink():
+        raise ConfigError(
+            f"`{folder.parent}` is a symbolic link, and cases of an earlier validation are behind it",
+            details={"got": ", ".join(case.name for case in cases[:4]), "expected": f"no cases in {folder}"},
+            hint=f"remove them yourself, or give the folder itself: --report {os.path.realpath(folder.parent)}",
+        )
+    for case in cases:
+        if not case.is_symlink():
+            shutil.rmtree(case, ignore_errors=True)
 
 
 def _take_along(item: onnx.TensorProto, source: Path, stream: BinaryIO) -> None:

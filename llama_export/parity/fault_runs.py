@@ -90,7 +90,7 @@ def run_faults(bundle: Bundle, seed: int, log: Callable[[str], None] = lambda li
         yield _judged(sound, name, "meaning", partial(inject, name=name, rng=rng), _STAGES)
     for name in ROUNDINGS:
         yield _judged(sound, name, "rounding", partial(inject_rounding, name=name), ("ops/bodies",))
-    used = {name for name in bundle.manifest["ops"]}
+    used = set(bundle.ops)
     for name, functions in KERNELS.items():
         op = name.partition("(")[2].rstrip(")")
         if op not in used:

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from llama_export._content import sha256_of_file
 from llama_export._process import trim_heap
-from llama_export.bundle import Bundle, sha256_of_file
+from llama_export.bundle import Bundle
 from llama_export.checkpoint import Checkpoint, load_checkpoint
 from llama_export.config import load_json_object
 from llama_export.engine_check import check_engine
@@ -435,13 +436,15 @@ def some_layers(num_layers: int) -> list[int]:
 
 def weight_hashes(v: Validator) -> Stage:
     """Every byte of the weight files. The reference reads the same files as the graph, so no comparison of numbers would show a
-    flipped bit; and opening a bundle compares content only where the modification time differs. Weights inside the ONNX files
+    flipped bit; and opening a bundle compares a sample of the content only. Weights inside the ONNX files
     are compared with the checkpoint's."""
     if v.bundle.is_embedded:
         return _embedded_weights(v)
-    recorded = {entry["file"]: entry["sha256"] for entry in v.bundle.manifest["weights"] if "sha256" in entry}
+    recorded = {entry.file: entry.sha256 for entry in v.bundle.manifest.weights if entry.sha256 is not None}
     if not recorded:
-        raise NotRun("the manifest holds no content hashes; make them with `llama-export export --hash-weights`")
+        raise NotRun(
+            "the manifest holds no content hashes; make them with `llama-export verify BUNDLE --record` or `export --hash-weights`"
+        )
     changed = [name for name, wanted in recorded.items() if sha256_of_file(v.bundle.folder / name) != wanted]
     return Stage(
         name="bundle/weights", verdict="fail" if changed else "pass",

@@ -12,21 +12,17 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 
 from llama_export._commit import staging_folder
-from llama_export.bundle import (
-    MANIFEST_NAME,
-    Bundle,
-    json_bytes,
-    load_bundle,
-    sha256_of_file,
-    write_error,
-)
+from llama_export._content import sha256_of_file
+from llama_export.bundle import Bundle, json_bytes, load_bundle, write_error
 from llama_export.checkpoint import INDEX_NAME, TOKENIZER_FILES, Checkpoint
 from llama_export.config import load_json_object
+from llama_export.manifest import MANIFEST_NAME
 from llama_export.parity.evaluator import needed_nodes
 
 _CACHE = re.compile(r"(?:past_key_values|present)\.(\d+)\.(?:key|value)")
@@ -58,20 +54,24 @@ def first_layers(bundle: Bundle, count: int, *, checkpoint: Checkpoint | None = 
 
 
 def _write(bundle: Bundle, count: int, folder: Path) -> None:
-    manifest = {**bundle.manifest, "model": {**bundle.manifest["model"], "num_hidden_layers": count}}
-    manifest["io"] = [entry for entry in manifest["io"] if _layer(entry["name"]) < count]
     functions = {}
     files = {path.name for path in bundle.folder.iterdir() if path.is_file()}
-    for target, facts in bundle.manifest["functions"].items():
-        model = onnx.load(str(bundle.folder / facts["file"]), load_external_data=False)
+    for target, facts in bundle.manifest.functions.items():
+        model = onnx.load(str(bundle.folder / facts.file), load_external_data=False)
         cut(model.graph, count)
-        (folder / facts["file"]).write_bytes(model.SerializeToString())
-        files.discard(facts["file"])
-        functions[target] = {**facts, "sha256": sha256_of_file(folder / facts["file"])}
-    manifest |= {"functions": functions, "graph_sha256": functions["standard"]["sha256"]}
+        (folder / facts.file).write_bytes(model.SerializeToString())
+        files.discard(facts.file)
+        functions[target] = replace(facts, sha256=sha256_of_file(folder / facts.file))
+    manifest = replace(
+        bundle.manifest,
+        model=replace(bundle.manifest.model, num_hidden_layers=count),
+        io=tuple(entry for entry in bundle.manifest.io if _layer(entry.name) < count),
+        functions=functions,
+        graph_sha256=functions["standard"].sha256,
+    )
     config = load_json_object(bundle.folder / "config.json")
     (folder / "config.json").write_bytes(json_bytes({**config, "num_hidden_layers": count}))
-    (folder / MANIFEST_NAME).write_bytes(json_bytes(manifest))
+    (folder / MANIFEST_NAME).write_bytes(json_bytes(manifest.to_json()))
     for name in files - {"config.json", MANIFEST_NAME}:
         if name in TOKENIZER_FILES or name.endswith(".json"):
             shutil.copyfile(bundle.folder / name, folder / name)

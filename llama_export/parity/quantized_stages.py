@@ -19,7 +19,7 @@ Shapes: N rows, K columns of a matrix, B block size, J = ceil(K / B).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from llama_export.bundle import Bundle
 from llama_export.errors import MissingDependencyError
+from llama_export.manifest import QuantizedRecord
 from llama_export.parity.judge import NOISE_L2, NOISE_MAX, Measured, judge_noise
 from llama_export.parity.metrics import difference
 from llama_export.parity.result import Stage, Tolerance
@@ -143,10 +144,10 @@ class RoundedProgram(ReferenceProgram):
     """
 
     def __init__(
-        self, v: CausalValidator, facts: Mapping[str, Any], how: How, kept: dict[str, tuple[Tensor, Tensor]]
+        self, v: CausalValidator, facts: QuantizedRecord, how: How, kept: dict[str, tuple[Tensor, Tensor]]
     ) -> None:
         super().__init__(v.checkpoint, v.checkpoint.task, v.bundle.dtype)
-        self._bits, self._size = int(facts["bits"]), int(facts["block_size"])
+        self._bits, self._size = facts.bits, facts.block_size
         self._how = how
         self._kept = kept
 
@@ -188,7 +189,7 @@ class _Variant:
     def __init__(self, v: CausalValidator, kind: str) -> None:
         self.v = v
         self.kind = kind
-        self.facts = v.bundle.manifest["quantized"][kind]
+        self.facts = v.bundle.manifest.quantized[kind]
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
         self._programs: dict[How, RoundedProgram] = {}
 

@@ -8,6 +8,8 @@ form shows the same ones. A stage that did not run is listed as such in each of 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -21,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llama_export import __version__
+from llama_export._files import leads_out
 from llama_export._text import printable
 from llama_export.bundle import json_bytes, write_atomically, write_error
 from llama_export.errors import ConfigError, MissingDependencyError
@@ -69,6 +72,23 @@ def require_plots() -> None:
         ) from err
 
 
+def report_folder(bundle: Path) -> Path:
+    """Where the report of a bundle goes by default.
+
+    Raises:
+        ConfigError: it is a symbolic link out of the bundle.
+    """
+    folder = bundle / "report"
+    for path in (folder, folder / "operations"):
+        if (real := leads_out(path)) is not None:
+            raise ConfigError(
+                f"`{path}` is a symbolic link out of the bundle",
+                details={"got": real, "expected": "a folder in the bundle"},
+                hint=f"remove the link, or say where the report goes: --report {shlex.quote(real)}",
+            )
+    return folder
+
+
 def write_report(report: ParityReport, folder: Path, *, plots: bool = True) -> dict[str, Path]:
     """Writes ``parity.html``, ``parity.md``, ``junit.xml`` and, last, ``parity.json``. Same report, same bytes.
 
@@ -94,9 +114,15 @@ def write_report(report: ParityReport, folder: Path, *, plots: bool = True) -> d
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise write_error(err, folder) from err
+    for stale in folder.glob(".*.*.partial"):  # left by killed processes of versions that wrote such files
+        if _PARTIAL.fullmatch(stale.name):
+            stale.unlink(missing_ok=True)
     for name, data in files.values():
         write_atomically(folder / name, data)
     return {kind: folder / name for kind, (name, _) in files.items()}
+
+
+_PARTIAL = re.compile(r"\.(?:parity\.html|parity\.md|junit\.xml|parity\.json)\.[0-9]+\.partial")
 
 
 def html_from_report(report: ParityReport, *, plots: bool = True) -> str:

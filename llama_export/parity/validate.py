@@ -10,11 +10,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from llama_export.bundle import MANIFEST_NAME, Bundle, Progress, sha256_of_file
+from llama_export._content import sha256_of_file
+from llama_export.bundle import Bundle
 from llama_export.environment import environment
 from llama_export.errors import ConfigError, LlamaExportError, MissingDependencyError
 from llama_export.graph_check import check_graph
 from llama_export.graph_io import INTERFACES
+from llama_export.manifest import MANIFEST_NAME
 from llama_export.parity.case import remove_cases
 from llama_export.parity.head_stages import HEAD_STAGES, HeadValidator
 from llama_export.parity.journal import Journal, results_of
@@ -22,6 +24,7 @@ from llama_export.parity.judge import NotRun, ValidateConfig, Validator
 from llama_export.parity.quantized_stages import quantized_stages
 from llama_export.parity.result import ParityReport, Stage, matches
 from llama_export.parity.stages import STAGES, CausalValidator
+from llama_export.placement import Progress
 
 DEVIATIONS = (
     "RoPE: cos and sin stay float32 and the rotation is rounded once; Hugging Face rounds cos and sin to the model dtype first. "
@@ -80,9 +83,11 @@ def validate_bundle(
             environment={**environment(), "command": _command(bundle, config)},
             hashes=hashes,
             model={
-                **bundle.manifest["model"],  # its dtype is what config.json states; the bundle's own may differ
+                **bundle.manifest.to_json()[
+                    "model"
+                ],  # its dtype is what config.json states; the bundle's own may differ
                 "name": _name(bundle),
-                "task": bundle.manifest["task"],
+                "task": bundle.task,
                 "dtype": bundle.dtype,
             },
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),

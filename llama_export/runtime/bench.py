@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from llama_export._process import peak_rss_bytes, resident_bytes
-from llama_export.bundle import Bundle, Progress
+from llama_export.bundle import Bundle
 from llama_export.config import LlamaConfig
 from llama_export.kv_cache import cache_shape
+from llama_export.placement import Progress
 from llama_export.runtime.generation import generate_steps
 from llama_export.runtime.protocol import CacheSession
 from llama_export.runtime.sampling import SamplingParams
@@ -127,7 +128,7 @@ def bench_bundle(
     used_threads = threads or os.cpu_count() or 1
     resident = resident_bytes()
     on_cpu = session.backend == "onnxruntime-cpu"
-    quantized = None if quantize is None else int(bundle.manifest["quantized"][quantize]["data_size"])
+    quantized = None if quantize is None else bundle.manifest.quantized[quantize].data_size
     return BenchResult(
         backend=session.backend, quantize=quantize, threads=used_threads, prompt_tokens=prompt_tokens,
         new_tokens=new_tokens, runs=runs, kv_cache_capacity=session.capacity, load_seconds=load_seconds,

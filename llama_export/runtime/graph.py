@@ -214,7 +214,7 @@ _WIDENING = 2.2
 
 def _is_stored_narrow(bundle: Bundle) -> bool:
     """Whether the weights take clearly less than four bytes each."""
-    stored = sum(entry["size"] for entry in bundle.manifest["weights"]) or bundle.onnxruntime_path.stat().st_size
+    stored = sum(entry.size for entry in bundle.manifest.weights) or bundle.onnxruntime_path.stat().st_size
     return bool(stored < 3 * count_parameters(bundle.config, bundle.task))  # type: ignore[arg-type]
 
 
