@@ -817,14 +817,18 @@ _live: Console | None = None
 """The console of a progress bar that is being shown: lines are printed above it."""
 
 
-def _log(line: str) -> None:
-    """A line on stderr, above a progress bar if one is shown. Work goes on if nobody can read it."""
+def _log(line: str, label: str = "") -> None:
+    """A line on stderr, above a progress bar if one is shown. Work goes on if nobody can read it.
+
+    Args:
+        label: stands before the line and may hold colours, which a terminal alone is given.
+    """
     with contextlib.suppress(OSError):
         line = printable(line)
         if _live is not None:
-            _live.print(line, markup=False, highlight=False, soft_wrap=True)
+            _live.print(click.unstyle(label) + line, markup=False, highlight=False, soft_wrap=True)
         else:
-            click.echo(line, err=True)
+            click.echo(label + line, err=True)
 
 
 def _write(text: str) -> None:
@@ -979,7 +983,7 @@ def _error_from_os(err: OSError) -> LlamaExportError:
 def _report_error(err: LlamaExportError, arguments: Sequence[str]) -> int:
     # https://no-color.org: any non-empty value
     label = "error:" if os.environ.get("NO_COLOR") else click.style("error:", fg="red", bold=True)
-    _log(f"{label} {err}")
+    _log(str(err), label + " ")
     _print_error(arguments, err.message, details=err.details, hint=err.hint, exit_code=err.exit_code)
     return err.exit_code
 

@@ -43,7 +43,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from llama_export import __version__
 from llama_export._content import sha256_of_file
@@ -573,14 +573,18 @@ def io_table(proto: onnx.ModelProto) -> tuple[IoRecord, ...]:
     """Inputs, then outputs: name, dtype, shape (integers and symbols), and what an output may share memory with."""
     aliases = {present: past for past, present in cache_names(len(proto.graph.output) // 2)}  # none without a cache
     table: list[IoRecord] = []
-    for kind, values in (("input", proto.graph.input), ("output", proto.graph.output)):
+    kinds: tuple[tuple[Literal["input", "output"], Any], ...] = (
+        ("input", proto.graph.input),
+        ("output", proto.graph.output),
+    )
+    for kind, values in kinds:
         for value in values:
             tensor = value.type.tensor_type
             table.append(
                 IoRecord(
                     name=value.name,
                     kind=kind,
-                    dtype=onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
+                    dtype=cast(Any, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name),
                     shape=tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim),
                     alias_of=aliases.get(value.name) if kind == "output" else None,
                 )

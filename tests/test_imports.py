@@ -202,7 +202,8 @@ def test_behaviour_comes_from_flags_not_from_the_environment(path: Path) -> None
     read = set(re.findall(r"environ(?:\.get\(|\[)\s*[\"'](\w+)", text)) | set(
         re.findall(r"getenv\(\s*[\"'](\w+)", text)
     )
-    assert read <= {"NO_COLOR"}
+    # matplotlib reads SOURCE_DATE_EPOCH while it draws: a value that is no time is refused before the work.
+    assert read <= ({"SOURCE_DATE_EPOCH"} if path == PACKAGE / "parity" / "report.py" else {"NO_COLOR"})
     set_for_others = re.findall(r"\benviron\.setdefault\(", text)
     assert len(set_for_others) == (path == PACKAGE / "__init__.py")  # onnxruntime's telemetry
     assert len(re.findall(r"\benviron\b|\bgetenv\b", text)) == len(read) + len(set_for_others)
