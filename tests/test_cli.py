@@ -40,6 +40,7 @@ COMMANDS = (
     "run",
     "chat",
     "validate",
+    "verify",
     "reproduce",
     "report diff",
     "bench",
