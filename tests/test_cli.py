@@ -196,6 +196,7 @@ def test_help_of_a_command_shows_its_argument_defaults_and_units(command: str, c
             "[default: 4]",
             "[default: plugin]",
         ],
+        "verify": ["BUNDLE", "--record", "--json"],
         "quantize": ["BUNDLE", "--type [int4|int8]", "[default: int4]", "--force"],
         "chat": ["BUNDLE", "--system TEXT", "--max-new-tokens TOKENS", "--quantize [int4|int8]"],
         "run": ["BUNDLE", "--tokens 1,2,3", "--prompt TEXT", "--max-new-tokens TOKENS", "[default: 64; x>=1]"],
