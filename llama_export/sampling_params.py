@@ -138,34 +138,53 @@ def sampling_with(params: SamplingParams | None, changes: Mapping[str, Any]) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingFlag:
-    """The command line's option for a field of :class:`SamplingParams`. Type and default are the field's."""
+    """The command line's option for a field of :class:`SamplingParams`. Its type and ``run``'s default are the field's."""
 
     help: str
     metavar: str | None = None
     name: str | None = None
     """Without ``--``; None: the field's name with hyphens."""
-    in_chat: bool = False
-    """``chat`` has it too, where ``generation_config.json`` may set its default."""
+    least: int | None = None
+    """The smallest value that the command line reads."""
+    run_default: str | None = None
+    """``run``'s default in words, where the field's default does not say it."""
+    chat_default: str | None = None
+    """``chat``'s default in words; None: ``chat`` has no such option."""
 
 
 SAMPLING_FLAGS: dict[str, SamplingFlag] = {
-    "max_new_tokens": SamplingFlag(help="Generate at most this many tokens.", metavar="TOKENS", in_chat=True),
-    "temperature": SamplingFlag(help="0: take the likeliest token. Above 0: draw at random.", in_chat=True),
-    "top_k": SamplingFlag(help="Draw from the TOKENS likeliest; 0: from all.", metavar="TOKENS", in_chat=True),
-    "top_p": SamplingFlag(
-        help="Draw from the fewest likeliest tokens whose probabilities reach this sum.", in_chat=True
+    "max_new_tokens": SamplingFlag(help="Generate at most this many tokens.", metavar="TOKENS", least=1, chat_default="1024"),
+    "temperature": SamplingFlag(
+        help="0: take the likeliest token. Above 0: draw at random.",
+        chat_default="generation_config.json's, else 0.7",
     ),
-    "min_p": SamplingFlag(help="Draw from tokens at least this share as likely as the likeliest.", in_chat=True),
-    "repetition_penalty": SamplingFlag(help="Above 1: make tokens of prompt and output less likely.", in_chat=True),
+    "top_k": SamplingFlag(
+        help="Draw from this many of the likeliest tokens; 0: from all.", metavar="TOKENS",
+        chat_default="generation_config.json's, else 0",
+    ),
+    "top_p": SamplingFlag(
+        help="Draw from the fewest likeliest tokens whose probabilities reach this sum.",
+        chat_default="generation_config.json's, else 1",
+    ),
+    "min_p": SamplingFlag(
+        help="Draw from tokens at least this share as likely as the likeliest.",
+        chat_default="generation_config.json's, else 0",
+    ),
+    "repetition_penalty": SamplingFlag(
+        help="Above 1: make tokens of prompt and output less likely.",
+        chat_default="generation_config.json's, else 1",
+    ),
     "presence_penalty": SamplingFlag(help="Subtract this from the logits of tokens in the output."),
     "frequency_penalty": SamplingFlag(help="Subtract this for each time that a token is in the output."),
     "logit_bias": SamplingFlag(help="Add VALUE to the logit of a token. Repeatable.", metavar="TOKEN=VALUE"),
-    "seed": SamplingFlag(help="Seed of the random draws.  [default: another one each time]", in_chat=True),
+    "seed": SamplingFlag(
+        help="Seed of the random draws.", run_default="another one each time", chat_default="another one each time"
+    ),
     "stop": SamplingFlag(help="End before this text. Repeatable.", metavar="TEXT"),
     "stop_token_ids": SamplingFlag(help="End at this token. Repeatable.", metavar="ID", name="stop-token"),
     "ignore_eos": SamplingFlag(help="Continue after the model's end-of-sequence token."),
     "logprobs": SamplingFlag(help="With --json: log-probabilities of each token and of the N likeliest.", metavar="N"),
-}
+}  # fmt: skip
 """Field -> its option, in the order of ``--help``."""
 
 _NUMBERS = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import subprocess
+import sys
 import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,9 @@ from llama_export.bundle import Bundle
 from llama_export.config import ExportConfig
 from llama_export.errors import ConfigError, LlamaExportError
 from llama_export.export import export_checkpoint
-from llama_export.sampling_params import SAMPLING_FLAGS, SamplingOptions, SamplingParams
+from llama_export.sampling_params import SAMPLING_FLAGS, SamplingOptions, SamplingParams, flag_of
+
+ROOT = Path(__file__).parent.parent
 
 # ---- threads ----------------------------------------------------------------------------------------------------
 
@@ -206,6 +210,55 @@ def test_the_typed_keywords_and_the_flags_are_the_fields() -> None:
     hints = typing.get_type_hints(SamplingOptions)
     assert hints == typing.get_type_hints(SamplingParams)
     assert list(SAMPLING_FLAGS) == [field.name for field in dataclasses.fields(SamplingParams)]
+
+
+def test_run_and_chat_have_the_options_of_the_table() -> None:
+    from llama_export.cli import cli
+    from llama_export.terminal_chat import DEFAULT_MAX_NEW_TOKENS, DEFAULT_TEMPERATURE
+
+    found = {name: {option.name: option for option in cli.commands[name].params} for name in ("run", "chat")}
+    for field in dataclasses.fields(SamplingParams):
+        flag, option = SAMPLING_FLAGS[field.name], found["run"][field.name]
+        assert option.opts == [flag_of(field.name)]
+        assert option.help.startswith(flag.help)
+        assert (field.name in found["chat"]) == (flag.chat_default is not None)
+        if flag.chat_default is not None:
+            chat = found["chat"][field.name]
+            assert chat.opts == option.opts
+            assert chat.type.name == option.type.name
+            assert flag.chat_default in chat.help
+    assert str(DEFAULT_TEMPERATURE) in str(SAMPLING_FLAGS["temperature"].chat_default)
+    assert SAMPLING_FLAGS["max_new_tokens"].chat_default == str(DEFAULT_MAX_NEW_TOKENS)
+
+
+def test_run_without_options_has_the_defaults_of_the_fields() -> None:
+    from llama_export.cli import cli
+
+    options = {option.name: option for option in cli.commands["run"].params}
+    given = cli.commands["run"].make_context("run", ["bundle", "--prompt", "a"]).params
+    settings = {field.name: given[field.name] for field in dataclasses.fields(SamplingParams)}
+    assert SamplingParams(**{**settings, "logit_bias": dict(settings["logit_bias"])}) == SamplingParams()
+    assert options["stop"].multiple
+    assert options["ignore_eos"].is_flag
+
+
+@pytest.mark.slow
+def test_mypy_and_a_sentence_catch_a_misspelt_setting(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import llama_export\nmodel = llama_export.load('x')\nmodel.generate('a', temprature=1.0)\n"
+        "model.complete(['a'], top_k=2.5)\nmodel.generate('a', temperature=1.0, stop=['x'])\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--cache-dir", str(tmp_path / "cache")]
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    lines = [line.split(":")[1] for line in done.stdout.splitlines() if " error: " in line]
+    assert lines == ["3", "4"], done.stdout + done.stderr
+    assert 'Unexpected keyword argument "temprature"' in done.stdout
+    model, _ = fake()
+    with pytest.raises(ConfigError, match="there is no setting `temprature`") as caught:
+        model.generate([1, 2], temprature=1.0)  # type: ignore[call-arg]
+    assert caught.value.hint == "did you mean `temperature`?"
 
 
 def test_a_bundle_is_made_by_the_public_functions(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
