@@ -5,13 +5,17 @@ numpy's integers, floats and paths count as what they stand for. The functions r
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import numbers
 import operator
 import os
 import sys
-from collections.abc import Iterable
+import types
+import typing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from llama_export.errors import ConfigError
 
@@ -26,9 +30,28 @@ def checked_path(value: object, name: str) -> Path:
         text = os.fspath(value)  # type: ignore[call-overload]
     except TypeError:
         text = None
-    if not isinstance(text, str) or "\0" in text:
+    if not isinstance(text, str) or not text or "\0" in text or not _is_file_name(text):
         raise wrong_argument(name, value, "a path: text or pathlib.Path")
     return Path(text)
+
+
+def _is_file_name(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def checked_text(value: object, name: str) -> str:
+    """A text.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if not isinstance(value, str):
+        raise wrong_argument(name, value, "a text")
+    return str(value)
 
 
 def checked_int(value: object, name: str, *, least: int = 1, most: int | None = None) -> int:
@@ -92,3 +115,41 @@ def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """The known name that ``name`` was probably meant to be; None where nothing is near."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return found[0] if found else None
+
+
+def check_fields(settings: Any) -> None:
+    """Checks the types of the fields of a frozen dataclass of settings, and keeps Python's own types: for ``__post_init__``.
+
+    Understands the annotations bool, int, str, Literal of texts, Path, ``tuple[str, ...]`` (any iterable of texts), each also
+    with None. Which values are allowed is for the class to check.
+
+    Raises:
+        ConfigError: a field of another type.
+    """
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, hint = getattr(settings, field.name), hints[field.name]
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        if value is None and type(None) in kinds:
+            continue
+        (kind,) = (one for one in kinds if one is not type(None))
+        object.__setattr__(settings, field.name, _checked_field(value, field.name, kind))
+
+
+def _checked_field(value: object, name: str, kind: Any) -> object:
+    if kind is bool:
+        return checked_bool(value, name)
+    if kind is Path:
+        return checked_path(value, name)
+    if kind is int:
+        number = whole_number(value)
+        if number is None:
+            raise wrong_argument(name, value, "an integer")
+        return number
+    if kind is str or typing.get_origin(kind) is typing.Literal:
+        return checked_text(value, name)
+    if typing.get_origin(kind) is not tuple:
+        raise TypeError(f"no check for {name}: {kind}")
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise wrong_argument(name, value, "texts, for example a list of them")
+    return tuple(checked_text(item, name) for item in value)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_export import bundle as bundles
-from llama_export._arguments import checked_bool, checked_path, wrong_argument
+from llama_export._arguments import checked_bool, checked_path, checked_text, wrong_argument
 from llama_export.bundle import Bundle
 from llama_export.config import VARIANTS, EngineConfig, ExportConfig
 from llama_export.placement import Progress
@@ -114,7 +114,7 @@ def quantize_bundle(
         CheckpointError: a weight that is not finite. ExportError: the folder cannot be written.
         MissingDependencyError: onnx is not installed. ToolchainError: not enough disk.
     """
-    if kind not in VARIANTS:
+    if checked_text(kind, "kind") not in VARIANTS:
         raise wrong_argument("kind", kind, " or ".join(VARIANTS))
     force = checked_bool(force, "force")
     folder = bundle.folder if isinstance(bundle, Bundle) else checked_path(bundle, "bundle")

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
-from llama_export._arguments import checked_bool, checked_int, checked_path, whole_number, wrong_argument
+from llama_export._arguments import checked_bool, checked_int, checked_path, checked_text, whole_number, wrong_argument
 from llama_export._text import printable
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.config import BACKENDS, RUNTIME_BACKENDS, RuntimeBackend
@@ -155,6 +155,8 @@ def open_session(
     request_tokens = checked_int(request_tokens, "request_tokens")
     if max_seq_len is not None:
         max_seq_len = checked_int(max_seq_len, "max_seq_len")
+    if quantize is not None:
+        quantize = checked_text(quantize, "quantize")
     path, note = _chosen_engine(
         opened, backend, engine, request_tokens, quantize=quantize, max_seq_len=max_seq_len, threads=threads,
         read_weights=read_weights or None,
@@ -229,7 +231,7 @@ def _chosen_engine(
 ) -> tuple[Path | None, str | None]:
     """The engine that these settings mean, or None for onnxruntime; and what to tell the user of the choice."""
     asked = {name: value for name, value in of_onnxruntime.items() if value is not None}
-    if backend not in RUNTIME_BACKENDS:
+    if checked_text(backend, "backend") not in RUNTIME_BACKENDS:
         raise ConfigError(
             f"unknown backend: {backend}",
             details={"got": backend, "expected": " | ".join(RUNTIME_BACKENDS)},
@@ -242,6 +244,8 @@ def _chosen_engine(
             hint="leave the engine out, or choose the backend `auto`",
         )
     path, note = checked_path(engine, "engine") if engine is not None else None, None
+    if path is not None and not path.name:
+        raise wrong_argument("engine", engine, "the path of a file")
     if path is None and backend not in ONNXRUNTIME_BACKENDS and not (backend == "auto" and asked):
         path, note = _engine_of(bundle, backend, request_tokens)
     if path is not None and asked:

@@ -196,6 +196,71 @@ def test_arguments_of_a_wrong_type_are_named(what: str, tiny_bundles: dict[str, 
         llama_export.load(3)  # type: ignore[arg-type]
 
 
+ODD: list[Any] = [
+    None, True, 2.5, "5", "", b"x", -1, 0, 10**30, float("nan"), [], {}, object(), np.array([]), np.array([[1, 2]]),
+    set(), [None], [[]], [1.5], "\ud800", ["\ud800"], [10**30], [-1], range(3), "a\0b", Path("x"), [True],
+]  # fmt: skip
+SETTINGS: list[tuple[Any, str]] = [
+    (kind, field.name)
+    for kind in (SamplingParams, llama_export.ExportConfig, llama_export.EngineConfig, llama_export.ValidateConfig)
+    for field in dataclasses.fields(kind)
+]
+
+
+def check_no_raw_error(call: Any) -> None:
+    """Each odd value is taken or refused by a sentence with a hint."""
+    errors = []
+    for value in ODD:
+        try:
+            call(value)
+        except LlamaExportError as err:
+            errors.append(err)
+    assert errors, "some of them are wrong for every argument"
+    assert all(err.message and err.hint for err in errors)
+
+
+@pytest.mark.parametrize(("kind", "name"), SETTINGS, ids=lambda one: getattr(one, "__name__", one))
+def test_settings_of_odd_types_are_taken_or_refused_by_a_sentence(kind: Any, name: str) -> None:
+    check_no_raw_error(lambda value: kind(**{name: value}))
+
+
+def test_calls_with_odd_arguments_end_in_an_answer_or_a_sentence(tiny_bundles: dict[str, Bundle]) -> None:
+    folder = tiny_bundles["float32"].folder
+    nowhere = folder / "nowhere"
+    model = llama_export.load(folder, threads=1)
+    for name in ("backend", "engine", "quantize", "max_seq_len", "threads", "read_weights", "ignore_hashes"):
+        check_no_raw_error(lambda value, name=name: llama_export.load(folder, **{name: value}))
+    for function in (
+        llama_export.load, llama_export.load_head, llama_export.load_bundle, llama_export.quantize_bundle,
+        llama_export.build_engine, llama_export.validate_bundle, llama_export.export_checkpoint,
+    ):  # fmt: skip
+        check_no_raw_error(function)
+    for function in (llama_export.build_engine, llama_export.validate_bundle):
+        check_no_raw_error(lambda value, function=function: function(nowhere, value))
+    check_no_raw_error(lambda value: llama_export.export_checkpoint(nowhere, value))
+    check_no_raw_error(lambda value: llama_export.export_checkpoint(nowhere, None, value))
+    check_no_raw_error(lambda value: llama_export.quantize_bundle(nowhere, value))
+    check_no_raw_error(lambda value: llama_export.quantize_bundle(nowhere, force=value))
+    check_no_raw_error(lambda value: llama_export.validate_bundle(nowhere, report=value))
+    check_no_raw_error(lambda value: model.complete(value, max_new_tokens=2))
+    check_no_raw_error(lambda value: model.complete([value], max_new_tokens=2))
+    check_no_raw_error(lambda value: model.complete([[1, 2]], value, max_new_tokens=2))
+    check_no_raw_error(lambda value: model.generate(value, max_new_tokens=2).result)
+    check_no_raw_error(lambda value: model.generate([1, 2], value).close())
+    check_no_raw_error(lambda value: model.chat(value).close())
+
+
+def test_settings_take_numpy_numbers_and_any_iterable_of_texts() -> None:
+    engine = llama_export.EngineConfig(max_batch=np.int32(2), compute_capabilities=["8.9"])  # type: ignore[arg-type]
+    assert (engine.max_batch, type(engine.max_batch), engine.compute_capabilities) == (2, int, ("8.9",))
+    assert llama_export.ValidateConfig(text="a.txt").text == Path("a.txt")  # type: ignore[arg-type]
+    for name, value in (("steps", 0), ("prompt_tokens", 0), ("seed", -1)):
+        with pytest.raises(ConfigError, match=f"bad value for {name}"):
+            llama_export.ValidateConfig(**{name: value})
+    with pytest.raises(ConfigError, match="bad value for stages"):
+        llama_export.ValidateConfig(stages="onnx/shapes")  # type: ignore[arg-type]
+
+
 def test_numpy_numbers_are_numbers_and_bytes_are_no_prompt() -> None:
     model, _ = fake()
     params = SamplingParams(max_new_tokens=np.int64(3), top_p=np.float32(0.5), seed=np.uint8(1))  # type: ignore[arg-type]
