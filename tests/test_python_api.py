@@ -173,11 +173,27 @@ def test_waves_follow_the_memory(tiny_bundles: dict[str, Bundle], monkeypatch: p
     prompts = [[1 + index % 90, 5, 7] for index in range(12)]
     whole = model.complete(prompts, max_new_tokens=5)
     assert model.session.most_rows(8, 3) <= module.MAX_ROWS
-    monkeypatch.setattr(module, "available_memory", lambda: 200_000)
-    assert 1 <= model.session.most_rows(8, 3) < 12
+    monkeypatch.setattr(module, "available_memory", lambda: 4 * 3 * model.session.row_bytes(8, 3))
+    assert model.session.most_rows(8, 3) == 3
     assert [one.tokens for one in model.complete(prompts, max_new_tokens=5)] == [one.tokens for one in whole]
     monkeypatch.setattr(module, "available_memory", lambda: 1)
     assert model.session.most_rows(8, 3) == 1
+
+
+def test_a_row_takes_no_more_memory_than_the_rule_says(tmp_path: Path) -> None:
+    """In a process of its own, whose session keeps the cache of a batch of 100 rows."""
+    export_checkpoint(ROOT / "examples/tiny-llama", tmp_path / "bundle", ExportConfig(weights="copy"))
+    script = (
+        "import llama_export; from llama_export._process import resident_bytes\n"
+        f"model = llama_export.load({str(tmp_path / 'bundle')!r}, threads=1)\n"
+        "run = lambda rows: model.complete([[1, 2, 3]] * rows, max_new_tokens=20, ignore_eos=True)\n"
+        "run(1); before = resident_bytes(); run(100)\n"
+        "print(resident_bytes() - before, 100 * model.session.row_bytes(22, 3))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    grown, said = map(int, done.stdout.split())
+    assert grown <= said + (16 << 20)
+    assert said <= 8 * grown, "a rule that says far too much would make needless batches"
 
 
 # ---- arguments --------------------------------------------------------------------------------------------------

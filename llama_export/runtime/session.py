@@ -11,7 +11,6 @@ decision 50 in ``docs/decisions.md``.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_export._huge_pages import granule_of_large_arrays
 from llama_export._process import available_memory
 from llama_export.bundle import Bundle
 from llama_export.config import LlamaConfig
@@ -167,16 +167,28 @@ class OnnxRuntimeSession(CacheRows):
         self._graph.settle()
 
     def most_rows(self, length: int, width: int) -> int:
-        """See :meth:`CacheRows.most_rows`. A row takes its part of the cache, its logits, and the activations of a step; all
-        are float32 on a CPU. Pages of the cache behind the last token are never touched and take no memory."""
+        """See :meth:`CacheRows.most_rows`. On a GPU only :data:`MAX_ROWS` counts."""
         if self._device != "cpu":
             return super().most_rows(length, width)
-        config = self.config
-        cache = 2 * config.num_hidden_layers * math.prod(cache_shape(config, 1, length))
-        activations = width * (6 * config.hidden_size + 3 * config.intermediate_size)
-        row_bytes = 4 * (cache + activations + 2 * config.vocab_size)
         memory = available_memory() or _UNKNOWN_MEMORY
-        return max(1, min(MAX_ROWS, memory // _MEMORY_SHARE // row_bytes))
+        return max(1, min(MAX_ROWS, memory // _MEMORY_SHARE // self.row_bytes(length, width)))
+
+    def row_bytes(self, length: int, width: int) -> int:
+        """At most so many bytes of this machine's memory are taken by a row: its cache, logits and activations, in float32.
+
+        The cache of a row is one stretch of ``capacity`` tokens per layer, key or value, and head. Memory comes in granules,
+        so a stretch takes up to two of them beside its tokens, and never more than its capacity.
+
+        Args:
+            length, width: see :meth:`most_rows`.
+        """
+        config = self.config
+        per_token = 4 * config.head_dim
+        stretch = min(self.capacity * per_token, length * per_token + 2 * granule_of_large_arrays())
+        stretches = 2 * config.num_hidden_layers * config.num_key_value_heads
+        scores = config.num_attention_heads * length
+        activations = width * (6 * config.hidden_size + 3 * config.intermediate_size + 2 * scores)
+        return stretches * stretch + 4 * (activations + 2 * config.vocab_size)
 
     def _allocate(self, rows: int) -> None:
         """New buffers, of zeros: what lies behind the valid tokens must be finite for the standard Attention operator."""
