@@ -61,6 +61,19 @@ def huge_page_bytes() -> int:
         return 0
 
 
+def granule_of_large_arrays() -> int:
+    """Bytes that come into memory when one byte of a large zeroed array of numpy is first written.
+
+    numpy asks for huge pages for arrays of 4 MiB and more, which the system grants unless it is set to ``never``.
+    Source: https://numpy.org/doc/stable/reference/global_state.html (hugepages)
+    """
+    try:
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return mmap.PAGESIZE
+    return mmap.PAGESIZE if "[never]" in setting else huge_page_bytes() or mmap.PAGESIZE
+
+
 def _own_memory() -> Iterator[tuple[int, int]]:
     """Addresses of the heap and of anonymous private mappings."""
     for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():

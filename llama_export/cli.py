@@ -30,6 +30,7 @@ from click.core import ParameterSource
 from llama_export import __version__
 from llama_export._interrupt import interrupts_expected, watched
 from llama_export._process import collector_paused
+from llama_export._sampling_options import sampling_options
 from llama_export._text import printable, printable_json, terminal_text
 from llama_export.config import (
     BACKENDS,
@@ -287,32 +288,7 @@ def refit(engine: Path, bundle: Path, force: bool, ignore_hashes: bool, as_json:
 )  # fmt: skip
 @click.option("--context", help="Question answering: the text that holds the answer.")
 @click.option("--tokens", metavar="1,2,3", help="Token ids instead of --prompt.")
-@click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=64, metavar="TOKENS", help="How many tokens to add at most."
-)
-@click.option("--temperature", type=float, default=0.0, help="Above 0: draw tokens at random; 0: take the likeliest.")
-@click.option("--top-k", type=int, default=0, metavar="TOKENS", help="Draw from the likeliest ones; 0: from all.")
-@click.option(
-    "--top-p", type=float, default=1.0, help="Draw from the likeliest ones that have this probability together."
-)
-@click.option(
-    "--min-p", type=float, default=0.0, help="Draw from those at least this share as likely as the likeliest."
-)
-@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: less of what prompt and output hold.")
-@click.option("--presence-penalty", type=float, default=0.0, help="Subtract from the logits of tokens in the output.")
-@click.option("--frequency-penalty", type=float, default=0.0, help="Subtract for each time a token is in the output.")
-@click.option(
-    "--logit-bias", multiple=True, metavar="TOKEN=VALUE", help="Add to the logit of a token; may be repeated."
-)
-@click.option("--seed", type=int, help="Of the random draws.  [default: another one each time]")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
-@click.option(
-    "--stop-token", "stop_token_ids", type=int, multiple=True, metavar="ID", help="End at this token; may be repeated."
-)
-@click.option("--ignore-eos", is_flag=True, help="Go on after the model's end-of-sequence token.")
-@click.option(
-    "--logprobs", type=int, metavar="N", help="With --json: log-probabilities of each token and of the N likeliest."
-)
+@sampling_options("run")
 @_session_options
 @_ignore_hashes
 @_json_flag
@@ -494,26 +470,7 @@ def _token_bias(text: str) -> tuple[int, float]:
 @cli.command()
 @click.argument("bundle", type=_PATH)
 @click.option("--system", metavar="TEXT", help="The system message.")
-@click.option(
-    "--temperature", type=float, help="0: take the likeliest token.  [default: generation_config.json's, else 0.7]"
-)
-@click.option(
-    "--top-k",
-    type=int,
-    metavar="TOKENS",
-    help="Draw from the likeliest ones; 0: from all.  [default: likewise, else 0]",
-)
-@click.option(
-    "--top-p", type=float, help="Draw from the likeliest ones that have this probability together.  [default: likewise, else 1]",
-)  # fmt: skip
-@click.option(
-    "--min-p", type=float, help="Draw from those at least this share as likely as the likeliest.  [default: likewise, else 0]",
-)  # fmt: skip
-@click.option(
-    "--repetition-penalty", type=float, help="Above 1: less of what was said before.  [default: likewise, else 1]"
-)
-@click.option("--seed", type=int, help="Of the random draws.  [default: another one each time]")
-@click.option("--max-new-tokens", type=int, metavar="TOKENS", help="Longest answer.  [default: 1024]")
+@sampling_options("chat")
 @_session_options
 @_ignore_hashes
 @_json_flag

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from llama_export._arguments import check_fields
 from llama_export._files import json_from_bytes, read_small
 from llama_export.errors import ConfigError
 
@@ -489,6 +490,7 @@ class ExportConfig:
     """Go on although the estimate says that disk or memory do not suffice."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check(self.weights in WEIGHTS_MODES, "weights", self.weights, " | ".join(WEIGHTS_MODES))
         _check(self.task in ("auto", *TASKS), "task", self.task, " | ".join(("auto", *TASKS)))
         if self.convert_weights and self.weights in ("link", "embed"):
@@ -533,6 +535,7 @@ class EngineConfig:
     """Go on although the estimate says that disk or memory do not suffice."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check(self.backend in BACKENDS, "backend", self.backend, " | ".join(BACKENDS))
         _check(self.max_seq_len is None or self.max_seq_len >= 2, "max_seq_len", self.max_seq_len, "at least 2 tokens")
         _check(1 <= self.max_batch < 2**31, "max_batch", self.max_batch, "at least 1 row, fewer than 2^31")

@@ -10,6 +10,7 @@ Source: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,10 @@ class EngineSession(CacheRows):
         self._zeroed_rows = 0
         self.reset(batch_size)
 
+    def most_rows(self, length: int, width: int) -> int:
+        """The engine's ``max_batch``: its memory is taken when it is loaded."""
+        return self.sidecar.max_batch
+
     def settle(self) -> None:
         """Nothing is left to do once an engine is loaded."""
 
@@ -467,6 +472,8 @@ class EngineHeadSession:
     def __init__(self, bundle: Bundle, engine_path: Path, *, note: str | None = None) -> None:
         _require_cache(bundle, False)
         self._loaded = LoadedEngine(bundle, engine_path)
+        self._lock = threading.Lock()
+        """Held while an engine's inputs are set and it runs: the buffers of inputs and outputs are shared."""
         self.sidecar = self._loaded.sidecar
         self.config, self.task, self.dtype, self.backend = (
             bundle.config,
@@ -506,16 +513,16 @@ class EngineHeadSession:
                 details={"got": ids.shape[1], "expected": f"at most {self.max_seq_len}"},
                 hint="build with a larger --max-seq-len, or shorten the text",
             )
-        self._loaded.select_profile(TEXTS)
-        self._loaded.feed("input_ids", ids)
-        self._loaded.feed("attention_mask", mask)
         sizes = {"batch_size": ids.shape[0], "num_tokens": ids.shape[1]}
-        return self._loaded.run(
-            {
-                name: tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape)
-                for name, shape in self._output_shapes.items()
-            }
-        )
+        shapes = {
+            name: tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape)
+            for name, shape in self._output_shapes.items()
+        }
+        with self._lock:
+            self._loaded.select_profile(TEXTS)
+            self._loaded.feed("input_ids", ids)
+            self._loaded.feed("attention_mask", mask)
+            return self._loaded.run(shapes)
 
     def close(self) -> None:
         """Frees the GPU memory of inputs and outputs; the engine's own goes with the object."""

@@ -21,7 +21,9 @@ ORDER = (
     ("__init__",),
     ("_text",),
     ("errors",),
-    ("_huge_pages", "_interrupt", "_process", "_files", "_typed", "_onnx_bytes", "environment"),
+    ("_huge_pages", "_interrupt", "_process", "_files", "_typed", "_onnx_bytes", "environment", "_arguments"),
+    ("sampling_params",),
+    ("_sampling_options",),
     ("_commit", "_content"),
     ("config",),
     ("checkpoint", "kv_cache"),
@@ -44,13 +46,14 @@ ORDER = (
     ("engine",),
     ("engine_session", "refit", "inspection"),
     ("llm",),
-    ("terminal_chat",),
+    ("head", "terminal_chat"),
     ("parity",),
+    ("api",),
     ("cli",),
     ("__main__",),
 )
-LAZY = {("__init__", "llm")}
-"""The package gives names of the unit when they are asked for."""
+LAZY = {("__init__", unit) for ranks in ORDER for unit in ranks if unit != "__init__"}
+"""The package gives names of its modules when they are asked for, and imports none of them at its top."""
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 BASE = (
     "_text",
@@ -76,6 +79,11 @@ BASE = (
     "environment",
     "runtime",
     "llm",
+    "_arguments",
+    "sampling_params",
+    "_sampling_options",
+    "head",
+    "api",
     "terminal_chat",
     "cli",
     "__init__",
@@ -175,6 +183,7 @@ def test_command_line_imports_only_light_modules_of_the_package() -> None:
         "__init__",
         "_interrupt",
         "_process",
+        "_sampling_options",
         "_text",
         "config",
         "errors",

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_export._arguments import check_fields, checked_int
 from llama_export._content import sha256_of_file
 from llama_export._process import trim_heap
 from llama_export.bundle import Bundle
@@ -90,6 +91,11 @@ class ValidateConfig:
     """Folder for the report so far, written after each stage (:mod:`llama_export.parity.journal`); None: it is not kept."""
     resume: bool = False
     """Take over the stages that ``journal`` holds."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, least in (("steps", 1), ("prompt_tokens", 1), ("seed", 0)):
+            checked_int(getattr(self, name), name, least=least)
 
 
 class Validator:

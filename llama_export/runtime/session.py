@@ -18,6 +18,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_export._huge_pages import granule_of_large_arrays
+from llama_export._process import available_memory
 from llama_export.bundle import Bundle
 from llama_export.config import LlamaConfig
 from llama_export.errors import ConfigError, ShapeError, ToolchainError
@@ -27,6 +29,14 @@ from llama_export.runtime.buffers import ONNX_DTYPES, CacheBuffer, CudaBuffer, F
 from llama_export.runtime.graph import Device, OpenGraph, open_graph
 
 Int64Array = NDArray[np.int64]
+
+
+MAX_ROWS = 256
+"""Rows of one batch: more add memory and, on a CPU, no speed."""
+_MEMORY_SHARE = 4
+"""A batch may take one in so many bytes of the available memory: the rest is the caller's and the weights'."""
+_UNKNOWN_MEMORY = 8 << 30
+"""Bytes that are taken as available where the system does not tell."""
 
 
 class CacheRows(ABC):
@@ -73,6 +83,15 @@ class CacheRows(ABC):
         # new <= old: nothing is overwritten before it is moved
         self._move_rows([(new, old, int(self.past_length[old])) for new, old in enumerate(rows) if new != old])
         self.past_length = self.past_length[list(rows)]
+
+    def most_rows(self, length: int, width: int) -> int:
+        """Rows of a batch that fit into memory at once, at least 1.
+
+        Args:
+            length: tokens that a row of the cache comes to hold.
+            width: new tokens of a row in the widest step.
+        """
+        return MAX_ROWS
 
     @abstractmethod
     def _move_rows(self, moves: Sequence[tuple[int, int, int]]) -> None:
@@ -146,6 +165,30 @@ class OnnxRuntimeSession(CacheRows):
         """Waits until the session runs as fast as it can: its weights are still being gathered into huge pages after it
         was opened. Nothing else depends on it."""
         self._graph.settle()
+
+    def most_rows(self, length: int, width: int) -> int:
+        """See :meth:`CacheRows.most_rows`. On a GPU only :data:`MAX_ROWS` counts."""
+        if self._device != "cpu":
+            return super().most_rows(length, width)
+        memory = available_memory() or _UNKNOWN_MEMORY
+        return max(1, min(MAX_ROWS, memory // _MEMORY_SHARE // self.row_bytes(length, width)))
+
+    def row_bytes(self, length: int, width: int) -> int:
+        """At most so many bytes of this machine's memory are taken by a row: its cache, logits and activations, in float32.
+
+        The cache of a row is one stretch of ``capacity`` tokens per layer, key or value, and head. Memory comes in granules,
+        so a stretch takes up to two of them beside its tokens, and never more than its capacity.
+
+        Args:
+            length, width: see :meth:`most_rows`.
+        """
+        config = self.config
+        per_token = 4 * config.head_dim
+        stretch = min(self.capacity * per_token, length * per_token + 2 * granule_of_large_arrays())
+        stretches = 2 * config.num_hidden_layers * config.num_key_value_heads
+        scores = config.num_attention_heads * length
+        activations = width * (6 * config.hidden_size + 3 * config.intermediate_size + 2 * scores)
+        return stretches * stretch + 4 * (activations + 2 * config.vocab_size)
 
     def _allocate(self, rows: int) -> None:
         """New buffers, of zeros: what lies behind the valid tokens must be finite for the standard Attention operator."""
