@@ -108,17 +108,20 @@ def test_help_of_every_command_gives_its_options() -> None:
         assert "--json" in result.output, found
 
 
-def test_the_python_block_runs_on_the_bundle_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/python.md"])
+def test_the_python_block_runs_on_the_bundle_of_the_demo(
+    document: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from llama_export.config import ExportConfig
     from llama_export.export import export_checkpoint
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / document).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     assert blocks
     bundle = tmp_path / "bundle"
     export_checkpoint(ROOT / "examples/tiny-llama", bundle, ExportConfig(weights="copy"))
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block.replace("path/to/Llama", str(bundle)), "README.md", "exec"), names)
+        exec(compile(block.replace("path/to/Llama", str(bundle)), document, "exec"), names)
     assert capsys.readouterr().out.strip()
     assert "path/to/Llama" in "".join(blocks), "the path that was replaced"
