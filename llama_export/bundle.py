@@ -58,6 +58,7 @@ from llama_export.config import (
     load_json_object,
 )
 from llama_export.errors import ArtifactMismatchError, ConfigError, ExportError, ToolchainError
+from llama_export.path_hints import not_a_bundle
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -165,14 +166,7 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False, replacing: str | N
     """
     _finish_interrupted(folder)
     if not os.path.lexists(folder / MANIFEST_NAME):
-        is_checkpoint = (folder / "config.json").is_file()
-        raise ConfigError(
-            f"`{folder}` is not a bundle",
-            details={"missing": MANIFEST_NAME},
-            hint=f"make one first: llama-export export {folder}"
-            if is_checkpoint
-            else "give the folder that `llama-export export` made",
-        )
+        raise not_a_bundle(folder, MANIFEST_NAME)
     manifest = load_json_object(folder / MANIFEST_NAME)
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise ConfigError(
@@ -697,9 +691,7 @@ def place_weights(
             continue
         if shares_blocks and (reason := _reflink(real, target)):
             shares_blocks = False
-            log(
-                f"export: copying the weights: {reason}; in place (no -o) nothing is written, nor with hard links (--weights link)"
-            )
+            log(f"export: copying the weights: {reason}; in place (no -o) nothing is written{_or_links(real, target)}")
         if not shares_blocks:
             written += _copy(real, target, progress)
         shutil.copystat(real, target)
@@ -708,6 +700,12 @@ def place_weights(
             "export: the weights share their blocks with the checkpoint (reflinks); a change of either leaves the other alone"
         )
     return written
+
+
+def _or_links(source: Path, target: Path) -> str:
+    """Hard links as another way, where both lie on one file system."""
+    same = source.stat().st_dev == target.parent.stat().st_dev
+    return ", nor with hard links (--weights link)" if same else ""
 
 
 LINK_NOTE = (

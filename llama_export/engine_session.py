@@ -354,6 +354,10 @@ class EngineSession(CacheRows):
         self._zeroed_rows = 0
         self.reset(batch_size)
 
+    def most_rows(self, length: int, width: int) -> int:
+        """The engine's ``max_batch``: its memory is taken when it is loaded."""
+        return self.facts.max_batch
+
     def settle(self) -> None:
         """Nothing is left to do once an engine is loaded."""
 

@@ -12,23 +12,33 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import inspect
+import threading
+import weakref
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
+from llama_export._arguments import checked_bool, checked_int, checked_path, whole_number, wrong_argument
 from llama_export.bundle import Bundle, load_bundle
 from llama_export.config import BACKENDS, RUNTIME_BACKENDS, RuntimeBackend, load_json_object
 from llama_export.errors import ConfigError
-from llama_export.runtime.generation import FinishReason, TokenEvent, generate_steps
+from llama_export.runtime.generation import (
+    FinishReason,
+    TokenEvent,
+    check_request,
+    generate_steps,
+    rows_at_once,
+)
 from llama_export.runtime.graph import Device
 from llama_export.runtime.protocol import CacheSession, HeadSession
-from llama_export.runtime.sampling import SamplingParams, TokenLogprobs
+from llama_export.runtime.sampling import TokenLogprobs
 from llama_export.runtime.session import OnnxRuntimeHeadSession, OnnxRuntimeSession
 from llama_export.runtime.text import TextCodec
+from llama_export.sampling_params import SamplingOptions, SamplingParams, sampling_with
 
 if TYPE_CHECKING:
     from llama_export.runtime.chat_template import ChatTemplate
@@ -39,7 +49,8 @@ __all__ = [
 
 DEFAULT_MAX_SEQ_LEN = 4096
 """Capacity of the cache where none is asked for and the model has more positions, tokens."""
-Prompt = str | Sequence[int]
+MAX_THREADS = 4096
+Prompt = str | Iterable[int]
 """Text, or token ids."""
 ONNXRUNTIME_BACKENDS = ("onnxruntime", "onnxruntime-cuda")
 
@@ -51,30 +62,30 @@ class Completion:
     text: str
     """Without the stop text or token that ended it; empty without a tokenizer."""
     tokens: list[int]
-    """All new ones, those of the stop included."""
+    """All new tokens, a token that ended the text included."""
     finish_reason: FinishReason | None
     """None: closed before its end."""
     stop: str | int | None
     """The stop text or the token that ended it."""
     logprobs: list[TokenLogprobs] | None
-    """Of each token, if they were asked for."""
+    """One entry per token, if log-probabilities were asked for."""
     prompt_tokens: int
     """Length of the prompt."""
     reused_tokens: int
     """How many of them the cache still held from the request before."""
     prefill_seconds: float
-    """Of computing, to the first token."""
+    """Seconds of computing from the start of its batch to its first token."""
     decode_seconds: float
-    """Of computing, from the first token to the last."""
+    """Seconds of computing from its first token to its last."""
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Of this row; None for one token."""
+        """Tokens per second of this row; None for one token."""
         return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 else None
 
 
 def load(
-    bundle: str | Path,
+    bundle: str | Path | Bundle,
     *,
     backend: RuntimeBackend = "auto",
     engine: str | Path | None = None,
@@ -86,24 +97,33 @@ def load(
     """Opens a bundle for generation.
 
     Args:
-        bundle: folder that ``llama-export export`` made.
-        backend, engine, quantize, max_seq_len, threads: see :func:`open_session`.
+        bundle: folder that ``llama-export export`` made, of the task causal-lm.
+        backend: ``auto``, ``onnxruntime``, ``onnxruntime-cuda``, ``tensorrt-rtx`` or ``tensorrt``. ``auto`` takes the
+            engine that is named, else the bundle's own engine if this machine can run it and no other setting is given,
+            else onnxruntime on the CPU.
+        engine: path of an engine; default: the bundle's only engine of the backend.
+        quantize: ``int8`` or ``int4``: weights made by ``llama-export quantize``; onnxruntime only.
+        max_seq_len: tokens that a row of the cache can hold; onnxruntime only. Default: the model's longest sequence, at
+            most 4096.
+        threads: CPU threads of onnxruntime; default: one per core.
         ignore_hashes: open the bundle although a file differs from its manifest.
 
     Raises:
-        ConfigError: no bundle, not one of a causal LM, or see :func:`open_session`.
-        ArtifactMismatchError, MissingDependencyError, ShapeError, ToolchainError: see
-            :func:`llama_export.bundle.load_bundle` and the sessions.
+        ConfigError: not a bundle, a bundle of another task, or an argument of a wrong type or value.
+        ArtifactMismatchError: a file is not the one that the manifest describes.
+        MissingDependencyError: onnxruntime or TensorRT is not installed.
+        ShapeError: ``max_seq_len`` is beyond the model's longest sequence.
+        ToolchainError: this machine cannot run the engine, or the backend cannot open the graph.
     """
-    opened = load_bundle(Path(bundle), ignore_hashes=ignore_hashes)
+    opened = opened_bundle(bundle, ignore_hashes=ignore_hashes)
     session = open_session(
         opened, backend=backend, engine=engine, quantize=quantize, max_seq_len=max_seq_len, threads=threads
     )
-    return LLM(opened, session, TextCodec(opened.folder) if (opened.folder / "tokenizer.json").is_file() else None)
+    return LLM(opened, session, codec_of(opened))
 
 
 def open_session(
-    bundle: Bundle,
+    bundle: str | Path | Bundle,
     *,
     backend: RuntimeBackend = "auto",
     engine: str | Path | None = None,
@@ -112,57 +132,80 @@ def open_session(
     threads: int | None = None,
     request_tokens: int = 1,
 ) -> CacheSession:
-    """A session of one row, on the CPU or a GPU.
+    """Opens the session that :func:`load` wraps: one row, on the CPU or a GPU. A session serves one thread at a time.
 
     Args:
-        bundle: from :func:`llama_export.bundle.load_bundle`.
-        backend: ``auto``: the named engine, else the bundle's own if there is one, this machine can run it and nothing is
-            asked for that only onnxruntime has; else onnxruntime on the CPU.
-        engine: file; default: the bundle's only engine of the backend.
-        quantize: onnxruntime: ``int8`` or ``int4`` weights, made by ``llama-export quantize``.
-        max_seq_len: onnxruntime: tokens that a row can hold; default the model's, at most 4096, or ``request_tokens`` if
-            that is more. An engine's is built in.
-        threads: onnxruntime: CPU threads; default one per core.
-        request_tokens: what the caller is going to ask for, if that is known.
+        bundle, backend, engine, quantize, max_seq_len, threads: see :func:`load`.
+        request_tokens: tokens that the caller is going to need; the default of ``max_seq_len`` is at least this.
 
     Raises:
-        ConfigError: an unknown backend, an engine that is not there or one of several, quantised weights that were not
-            made, or a setting that the backend does not have.
-        ArtifactMismatchError, MissingDependencyError, ShapeError, ToolchainError: see the sessions.
+        ConfigError, ArtifactMismatchError, MissingDependencyError, ShapeError, ToolchainError: see :func:`load`.
     """
-    path = _chosen_engine(bundle, backend, engine, quantize=quantize, max_seq_len=max_seq_len, threads=threads)
+    opened = opened_bundle(bundle)
+    threads = _threads(threads)
+    if max_seq_len is not None:
+        max_seq_len = checked_int(max_seq_len, "max_seq_len")
+    path = _chosen_engine(opened, backend, engine, quantize=quantize, max_seq_len=max_seq_len, threads=threads)
     if path is not None:
         from llama_export.engine_session import EngineSession
 
-        return EngineSession(bundle, path)
-    default = min(bundle.config.max_length, max(DEFAULT_MAX_SEQ_LEN, request_tokens))
+        return EngineSession(opened, path)
+    default = min(opened.config.max_length, max(DEFAULT_MAX_SEQ_LEN, checked_int(request_tokens, "request_tokens")))
     return OnnxRuntimeSession(
-        bundle, max_seq_len=default if max_seq_len is None else max_seq_len, threads=threads, variant=quantize,
+        opened, max_seq_len=default if max_seq_len is None else max_seq_len, threads=threads, variant=quantize,
         device=_device_of(backend),
     )  # fmt: skip
 
 
 def open_head_session(
-    bundle: Bundle,
+    bundle: str | Path | Bundle,
     *,
     backend: RuntimeBackend = "auto",
     engine: str | Path | None = None,
     threads: int | None = None,
 ) -> HeadSession:
-    """A session of a head without a cache: classification, question answering, features.
+    """Opens the session that :func:`llama_export.load_head` wraps.
 
     Args:
-        bundle, backend, engine, threads: see :func:`open_session`.
+        bundle, backend, engine, threads: see :func:`load`.
 
     Raises:
-        ConfigError, ArtifactMismatchError, MissingDependencyError, ToolchainError: see :func:`open_session`.
+        ConfigError, ArtifactMismatchError, MissingDependencyError, ToolchainError: see :func:`load`.
     """
-    path = _chosen_engine(bundle, backend, engine, threads=threads)
+    opened = opened_bundle(bundle)
+    threads = _threads(threads)
+    path = _chosen_engine(opened, backend, engine, threads=threads)
     if path is not None:
         from llama_export.engine_session import EngineHeadSession
 
-        return EngineHeadSession(bundle, path)
-    return OnnxRuntimeHeadSession(bundle, threads=threads, device=_device_of(backend))
+        return EngineHeadSession(opened, path)
+    return OnnxRuntimeHeadSession(opened, threads=threads, device=_device_of(backend))
+
+
+def codec_of(bundle: Bundle) -> TextCodec | None:
+    """The bundle's tokenizer; None where it has none."""
+    return TextCodec(bundle.folder) if (bundle.folder / "tokenizer.json").is_file() else None
+
+
+def stop_tokens_of(bundle: Bundle) -> Collection[int]:
+    """The tokens that end a generation, as the manifest lists them."""
+    tokens: Collection[int] = bundle.manifest["eos_token_ids"]
+    return tokens
+
+
+def opened_bundle(bundle: str | Path | Bundle, *, ignore_hashes: bool = False) -> Bundle:
+    """A bundle, from its folder or as it is.
+
+    Raises:
+        ConfigError, ArtifactMismatchError: see :func:`llama_export.bundle.load_bundle`; an argument of a wrong type.
+    """
+    if isinstance(bundle, Bundle):
+        return bundle
+    return load_bundle(checked_path(bundle, "bundle"), ignore_hashes=checked_bool(ignore_hashes, "ignore_hashes"))
+
+
+def _threads(threads: int | None) -> int | None:
+    return None if threads is None else checked_int(threads, "threads", most=MAX_THREADS)
 
 
 def _device_of(backend: RuntimeBackend) -> Device:
@@ -186,7 +229,7 @@ def _chosen_engine(
             details={"engine": engine, "got": f"backend {backend}"},
             hint="leave the engine out, or choose the backend `auto`",
         )
-    path = Path(engine) if engine is not None else None
+    path = checked_path(engine, "engine") if engine is not None else None
     if path is None and backend not in ONNXRUNTIME_BACKENDS and not (backend == "auto" and asked):
         path = _engine_of(bundle, backend)
     if path is not None and asked:
@@ -223,10 +266,15 @@ def _engine_of(bundle: Bundle, backend: RuntimeBackend) -> Path | None:
 
 
 class LLM:
-    """A causal LM with its tokenizer and one cache. One request at a time; :meth:`complete` runs several as one batch.
+    """A causal LM with its tokenizer and one cache; :func:`llama_export.load` makes it.
+
+    It computes one request at a time, and may be used by several threads. :meth:`complete` waits until another thread's
+    call has ended. While a stream of :meth:`generate` or :meth:`chat` is open in one thread, a request of another thread is
+    refused by a ConfigError. A stream is open until it has ended, is closed or is garbage-collected, or its thread ends. In one
+    thread, a later request ends an open stream.
 
     Args:
-        bundle: from :func:`llama_export.bundle.load_bundle`.
+        bundle: from :func:`llama_export.load_bundle`.
         session: over this bundle.
         codec: its tokenizer; None: token ids only.
     """
@@ -235,21 +283,26 @@ class LLM:
         self.bundle = bundle
         self.session = session
         self.codec = codec
+        self._lock = threading.RLock()
+        """Held by each step of a stream, and by a whole :meth:`complete`."""
         self._held: _Draft | None = None
         """The last request, if it was of one row: the cache holds the first ``past_length`` tokens of prompt and output."""
-        self._latest: TextGeneration | None = None
+        self._latest: weakref.ref[TextGeneration] | None = None
 
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any) -> TextGeneration:
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Unpack[SamplingOptions]
+    ) -> TextGeneration:
         """Continues a prompt, piece by piece. What the cache still holds of its beginning is not computed again.
 
         Args:
             prompt: text, or token ids.
-            params: how; default greedy.
-            **sampling: fields of :class:`SamplingParams` that replace those of ``params``.
+            params: the settings; default: greedy, 64 tokens.
+            **sampling: fields of :class:`SamplingParams`, which replace those of ``params``.
 
         Raises:
-            ConfigError, ShapeError: see :class:`SamplingParams` and
-                :func:`llama_export.runtime.generation.generate_steps`; no tokenizer for a text.
+            ConfigError: a setting that does not exist or is out of range, a prompt of a wrong type, a text without a
+                tokenizer, or an open stream of another thread.
+            ShapeError: an empty prompt, a token id outside the vocabulary, or more tokens than the cache holds.
         """
         return self._generate(self._tokens(prompt), params, sampling)
 
@@ -259,52 +312,62 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         template: Mapping[str, Any] | None = None,
-        **sampling: Any,
+        **sampling: Unpack[SamplingOptions],
     ) -> TextGeneration:
-        """The next message of a conversation, worded as the checkpoint's chat template says.
+        """The next message of a conversation, in the format of the checkpoint's chat template.
 
         Args:
             messages: ``{"role": ..., "content": ...}``, oldest first.
             params, **sampling: see :meth:`generate`.
-            template: further arguments of :meth:`~llama_export.runtime.chat_template.ChatTemplate.render`: ``tools``,
-                ``documents``, and what the template itself knows.
+            template: further arguments of the template: ``tools``, ``documents``, and any that it defines itself.
 
         Raises:
             ConfigError: no chat template, or one that refuses the conversation; and see :meth:`generate`.
+            ShapeError: see :meth:`generate`.
         """
         text = self.chat_template.render(messages, **{"add_generation_prompt": True, **(template or {})})
         return self._generate(self._codec().encode(text, add_special_tokens=False), params, sampling)
 
     def complete(
         self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        **sampling: Any,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[Completion]:
-        """Continues several prompts as one batch, each to its own end.
+        """Continues several prompts, each to its own end. They are computed in batches of at most 256 rows that fit into a
+        quarter of the available memory (an engine: of its ``max_batch``). Rows are independent of their batch.
 
         Args:
-            prompts: texts or lists of token ids.
-            params: for all, or one per prompt; default greedy.
+            prompts: texts or lists of token ids; any iterable of them.
+            params: for all, or one per prompt; default: greedy, 64 tokens.
             **sampling: see :meth:`generate`.
 
         Raises:
-            ConfigError, ShapeError: see :meth:`generate`; more prompts than an engine's ``max_batch``.
+            ConfigError, ShapeError: see :meth:`generate`; all prompts are checked before the first is computed.
         """
-        if isinstance(prompts, str):
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
             raise ConfigError(
                 "prompts are a list",
-                details={"got": repr(prompts)[:200]},
+                details={"got": repr(prompts)[:200], "expected": "an iterable of texts or of lists of token ids"},
                 hint="complete([prompt]), or generate(prompt)",
             )
+        rows = [self._tokens(prompt) for prompt in prompts]
         if params is None or isinstance(params, SamplingParams):
-            wanted = [_settings(params, sampling)] * len(prompts)
+            wanted = [sampling_with(params, sampling)] * len(rows)
+        elif isinstance(params, Iterable):
+            wanted = [sampling_with(one, sampling) for one in params]
         else:
-            wanted = [_settings(one, sampling) for one in params]
-        events, drafts = self._start([self._tokens(prompt) for prompt in prompts], wanted)
-        for event in events:
-            drafts[event.row].events.append(event)
-        return [draft.completion() for draft in drafts]
+            raise wrong_argument("params", params, "SamplingParams, or one per prompt")
+        check_request(self.session, rows, wanted, self.codec)
+        size = rows_at_once(self.session, rows, wanted)
+        found: list[Completion] = []
+        with self._lock:
+            for begin in range(0, len(rows), size):
+                events, drafts = self._start(rows[begin : begin + size], wanted[begin : begin + size])
+                for event in events:
+                    drafts[event.row].events.append(event)
+                found += [draft.completion() for draft in drafts]
+        return found
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -320,23 +383,34 @@ class LLM:
     def _generate(
         self, tokens: list[int], params: SamplingParams | None, sampling: Mapping[str, Any]
     ) -> TextGeneration:
-        events, (draft,) = self._start([tokens], [_settings(params, sampling)])
-        self._latest = TextGeneration(events, draft)
-        return self._latest
+        wanted = sampling_with(params, sampling)
+        with self._lock:
+            events, (draft,) = self._start([tokens], [wanted])
+            generation = TextGeneration(events, draft, self._lock)
+            self._latest = weakref.ref(generation)  # a stream that nobody holds any more is not open
+        return generation
 
     def _start(
         self, prompts: list[list[int]], params: list[SamplingParams]
     ) -> tuple[Generator[TokenEvent], list[_Draft]]:
-        """The events of a batch, and a draft of the completion of each row."""
+        """The events of a batch, and a draft of the completion of each row. The caller holds the lock."""
+        latest = None if self._latest is None else self._latest()
+        if latest is not None and latest.is_open_elsewhere:
+            raise ConfigError(
+                "the model is in use: a stream of another thread is open",
+                details={"thread": latest.thread.name, "tokens so far": len(latest.events)},
+                hint="let it end or close it first (a `with` block closes it), call complete(), which waits for other calls of "
+                "complete(), or load the model once per thread",
+            )
         alone = len(prompts) == 1
         reused = self._reusable(prompts[0]) if alone else 0
         events = generate_steps(
             self.session, prompts, params,
-            eos_token_ids=self.bundle.manifest["eos_token_ids"], codec=self.codec, reused_tokens=reused,
+            eos_token_ids=stop_tokens_of(self.bundle), codec=self.codec, reused_tokens=reused,
         )  # fmt: skip
-        if self._latest is not None:
-            self._latest.give_way()
-            self._latest = None
+        if latest is not None:
+            latest.give_way()
+        self._latest = None
         drafts = [_Draft(prompt, reused, wanted) for prompt, wanted in zip(prompts, params, strict=True)]
         self._held = drafts[0] if alone else None
         return events, drafts
@@ -353,7 +427,16 @@ class LLM:
         return next((at for at in range(most) if held[at] != prompt[at]), max(most, 0))
 
     def _tokens(self, prompt: Prompt) -> list[int]:
-        return self._codec().encode(prompt) if isinstance(prompt, str) else [operator.index(token) for token in prompt]
+        if isinstance(prompt, str):
+            return self._codec().encode(prompt)
+        is_list = isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, Mapping))
+        tokens = [whole_number(token) for token in prompt] if is_list else [None]
+        if None in tokens:
+            raise wrong_argument(
+                "a prompt", prompt, "text, or a list of token ids (integers)",
+                "decode bytes first; complete() takes a list of prompts, generate() takes one",
+            )  # fmt: skip
+        return [token for token in tokens if token is not None]
 
     def _codec(self) -> TextCodec:
         return self.codec if self.codec is not None else TextCodec(self.bundle.folder)  # which says what is missing
@@ -363,24 +446,38 @@ class TextGeneration(Iterator[str]):
     """The output of one request as it is made: one piece of text per token, empty while a character or a possible stop text
     is incomplete. Computing happens in ``next``; leaving the ``with`` block, or :meth:`close`, ends it early.
 
-    A later request on the same model ends it, too, and ``next`` says so.
+    A later request of the same thread on the same model ends it, too, and ``next`` says so.
     """
 
-    def __init__(self, steps: Generator[TokenEvent], draft: _Draft) -> None:
+    def __init__(self, steps: Generator[TokenEvent], draft: _Draft, lock: threading.RLock) -> None:
         self._steps = steps
         self._draft = draft
+        self._lock = lock
         self._gave_way = False
+        self.thread = threading.current_thread()
+        """The thread that made it, or took its last piece."""
 
     def __next__(self) -> str:
-        if self._gave_way:
-            raise ConfigError(
-                "this generation was ended by a later request on the same model",
-                details={"tokens so far": len(self.events)},
-                hint="take the result first, run several prompts as one batch: complete(), or load the model twice",
-            )
-        event = next(self._steps)
-        self.events.append(event)
-        return event.text
+        with self._lock:
+            if self._gave_way:
+                raise ConfigError(
+                    "this generation was ended by a later request on the same model",
+                    details={"tokens so far": len(self.events)},
+                    hint="take the result first, run several prompts as one batch: complete(), or load the model twice",
+                )
+            self.thread = threading.current_thread()
+            event = next(self._steps)
+            self.events.append(event)
+            return event.text
+
+    @property
+    def is_open_elsewhere(self) -> bool:
+        """Another thread, which still runs, has begun it and neither ended nor closed it."""
+        is_open = (
+            inspect.getgeneratorstate(self._steps) != inspect.GEN_CLOSED
+            and self._draft.completion().finish_reason is None
+        )
+        return is_open and self.thread is not threading.current_thread() and self.thread.is_alive()
 
     @property
     def events(self) -> list[TokenEvent]:
@@ -396,7 +493,8 @@ class TextGeneration(Iterator[str]):
 
     def close(self) -> None:
         """Ends it here. The model may be used again, and still knows what it has read."""
-        self._steps.close()
+        with self._lock:
+            self._steps.close()
 
     def give_way(self) -> None:
         """Ends it for a later request."""
@@ -440,7 +538,3 @@ class _Draft:
             prefill_seconds=first.seconds if first else 0.0,
             decode_seconds=last.seconds - first.seconds if first and last else 0.0,
         )
-
-
-def _settings(params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
-    return dataclasses.replace(params or SamplingParams(), **changes)

@@ -23,8 +23,8 @@ from llama_export.config import MAX_JSON_BYTES, count_parameters, load_json_obje
 from llama_export.errors import ConfigError, LlamaExportError, ShapeError
 from llama_export.llm import LLM, Completion, open_session
 from llama_export.runtime.chat_template import ChatTemplate
-from llama_export.runtime.sampling import SamplingParams
 from llama_export.runtime.text import TextCodec
+from llama_export.sampling_params import SamplingParams
 
 DEFAULT_TEMPERATURE = 0.7
 """Where neither the user nor the checkpoint says."""

@@ -51,6 +51,9 @@ class FakeSession:
     def past_length(self) -> np.ndarray:
         return np.array([len(row) for row in self.rows], np.int64)
 
+    def most_rows(self, length: int, width: int) -> int:
+        return self._most_rows
+
     def reset(self, batch_size: int | None = None) -> None:
         rows = self.batch_size if batch_size is None else batch_size
         if rows > self._most_rows:

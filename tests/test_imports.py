@@ -20,7 +20,8 @@ PACKAGE = Path(llama_export.__file__).parent
 ORDER = (
     ("__init__",),
     ("errors",),
-    ("_huge_pages", "_process", "_files", "_typed", "environment"),
+    ("_huge_pages", "_process", "_files", "_typed", "environment", "_arguments", "path_hints"),
+    ("sampling_params",),
     ("_commit",),
     ("config",),
     ("checkpoint", "kv_cache"),
@@ -40,13 +41,14 @@ ORDER = (
     ("engine",),
     ("engine_session", "refit", "inspection"),
     ("llm",),
-    ("terminal_chat",),
+    ("head", "terminal_chat"),
     ("parity",),
+    ("api",),
     ("cli",),
     ("__main__",),
 )
-LAZY = {("__init__", "llm")}
-"""The package gives names of the unit when they are asked for."""
+LAZY = {("__init__", unit) for ranks in ORDER for unit in ranks if unit != "__init__"}
+"""The package gives names of its modules when they are asked for, and imports none of them at its top."""
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 BASE = (
     "errors",
@@ -64,6 +66,11 @@ BASE = (
     "environment",
     "runtime",
     "llm",
+    "_arguments",
+    "path_hints",
+    "sampling_params",
+    "head",
+    "api",
     "terminal_chat",
     "cli",
     "__init__",
@@ -159,7 +166,7 @@ def test_reference_model_knows_neither_onnx_nor_tensorrt(path: Path) -> None:
 
 
 def test_command_line_imports_only_light_modules_of_the_package() -> None:
-    assert own_units(PACKAGE / "cli.py", deep=False) == {"__init__", "_process", "config", "errors"}
+    assert own_units(PACKAGE / "cli.py", deep=False) == {"__init__", "_process", "config", "errors", "path_hints"}
 
 
 def test_parity_results_and_metrics_need_no_torch() -> None:
@@ -239,7 +246,7 @@ def test_error_text_is_what_where_got_expected_and_a_hint() -> None:
 def test_missing_dependency_names_the_extra() -> None:
     err = errors.MissingDependencyError("onnxruntime", "cpu")
     assert err.exit_code == 3
-    assert err.hint == "pip install 'llama-export[cpu]'"
+    assert err.hint == "in a clone of the llama-export repository: pip install '.[cpu]'"
     assert "`onnxruntime`" in err.message
 
 

@@ -18,7 +18,8 @@ from transformers.generation import logits_process as theirs
 from llama_export.cli import run
 from llama_export.errors import ConfigError, ToolchainError
 from llama_export.runtime import sampling
-from llama_export.runtime.sampling import Sampler, SamplingParams
+from llama_export.runtime.sampling import Sampler
+from llama_export.sampling_params import SamplingParams
 
 EACH = settings(deadline=None, derandomize=True, max_examples=200)
 V = 40

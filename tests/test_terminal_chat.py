@@ -28,7 +28,7 @@ from llama_export.config import LlamaConfig, config_from_dict
 from llama_export.errors import ConfigError, ShapeError, ToolchainError
 from llama_export.export import export_checkpoint
 from llama_export.llm import Completion
-from llama_export.runtime.sampling import SamplingParams
+from llama_export.sampling_params import SamplingParams
 from llama_export.terminal_chat import (
     Conversation,
     TerminalChat,

@@ -20,6 +20,7 @@ from llama_export.parity.judge import NotRun, ValidateConfig, Validator
 from llama_export.parity.quantized_stages import quantized_stages
 from llama_export.parity.result import ParityReport, Stage, matches
 from llama_export.parity.stages import STAGES, CausalValidator
+from llama_export.parity.wording import NOT_SELECTED
 
 DEVIATIONS = (
     "RoPE: cos and sin stay float32 and the rotation is rounded once; Hugging Face rounds cos and sin to the model dtype first. "
@@ -50,7 +51,7 @@ def validate_bundle(
     stages = []
     for name, run in available.items():
         if config.stages and not any(matches(name, selector) for selector in config.stages):
-            stages.append(Stage(name=name, verdict="not-run", reason="not selected by --stages"))
+            stages.append(Stage(name=name, verdict="not-run", reason=NOT_SELECTED))
             continue
         for stage in run_stage(name, run, validator):
             log(f"validate: {stage.name}: {stage.verdict} ({stage.seconds:.1f} s)")

@@ -3,9 +3,10 @@
 from llama_export.runtime.generation import Generation, TokenEvent, generate, generate_steps
 from llama_export.runtime.prediction import predict
 from llama_export.runtime.protocol import CacheSession
-from llama_export.runtime.sampling import Sampler, SamplingParams, TokenLogprobs
+from llama_export.runtime.sampling import Sampler, TokenLogprobs
 from llama_export.runtime.session import OnnxRuntimeHeadSession, OnnxRuntimeSession
 from llama_export.runtime.text import TextCodec
+from llama_export.sampling_params import SamplingParams
 
 __all__ = [
     "CacheSession",

@@ -23,7 +23,7 @@ from llama_export.config import LlamaConfig
 from llama_export.kv_cache import cache_shape
 from llama_export.runtime.generation import generate_steps
 from llama_export.runtime.protocol import CacheSession
-from llama_export.runtime.sampling import SamplingParams
+from llama_export.sampling_params import SamplingParams
 
 _SWEPT_BYTES = 512 << 20
 """Of the array whose reading is timed: far beyond any cache."""

@@ -16,9 +16,10 @@ import numpy as np
 from llama_export.errors import ConfigError, ShapeError
 from llama_export.runtime.buffers import Float32Array
 from llama_export.runtime.protocol import CacheSession
-from llama_export.runtime.sampling import Sampler, SamplingParams, TokenLogprobs, token_logprobs
+from llama_export.runtime.sampling import Sampler, TokenLogprobs, token_logprobs
 from llama_export.runtime.session import Int64Array, check_token_ids
 from llama_export.runtime.text import TextCodec
+from llama_export.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length"]
 """``stop``: an end-of-sequence or stop token, or a stop text. ``length``: ``max_new_tokens``. OpenAI's words."""
@@ -129,7 +130,7 @@ def generate_steps(
         ToolchainError: while events are made: the backend failed, or its logits are not finite.
     """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-    _check_request(session, prompts, each, codec, reused_tokens)
+    check_request(session, prompts, each, codec, reused_tokens)
     rows = [
         _Row(index, prompt, wanted, eos_token_ids, codec)
         for index, (prompt, wanted) in enumerate(zip(prompts, each, strict=True))
@@ -141,6 +142,14 @@ def generate_steps(
     else:
         session.reset(len(rows))
     return _steps(session, rows, reused_tokens, prefill_chunk)
+
+
+def rows_at_once(session: CacheSession, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> int:
+    """How many of these prompts a batch may hold, by the longest of them: what the session serves and memory holds."""
+    longest = max(map(len, prompts))
+    length = max(len(prompt) + wanted.max_new_tokens - 1 for prompt, wanted in zip(prompts, params, strict=True))
+    width = longest if session.config.rope.follows_length else min(longest, PREFILL_CHUNK)
+    return session.most_rows(length, width)
 
 
 class _Row:
@@ -231,13 +240,18 @@ def _still_running(session: CacheSession, rows: list[_Row]) -> list[_Row]:
     return [rows[at] for at in left]
 
 
-def _check_request(
+def check_request(
     session: CacheSession,
     prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
     codec: TextCodec | None,
-    reused_tokens: int,
+    reused_tokens: int = 0,
 ) -> None:
+    """What :func:`generate_steps` checks before anything is computed, the number of rows aside.
+
+    Raises:
+        ConfigError, ShapeError: see :func:`generate_steps`.
+    """
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:
         raise ShapeError(

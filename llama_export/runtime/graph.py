@@ -18,7 +18,7 @@ from llama_export._huge_pages import gather_huge_pages
 from llama_export._process import available_memory, trim_heap
 from llama_export.bundle import Bundle
 from llama_export.config import count_parameters
-from llama_export.errors import ConfigError, MissingDependencyError, ToolchainError, numbered
+from llama_export.errors import ConfigError, MissingDependencyError, ToolchainError, install_command, numbered
 
 Device = Literal["cpu", "cuda"]
 
@@ -116,7 +116,7 @@ def _open_on_cuda(onnxruntime: Any, bundle: Bundle, threads: int | None, variant
                 "NVIDIA driver": _driver(),
                 **numbered("message", printed.getvalue().splitlines()),
             },
-            hint="pip install 'llama-export[cuda]' into an environment without the package `onnxruntime`, on a machine with "
+            hint=f"{install_command('cuda')} into an environment without the package `onnxruntime`, on a machine with "
             "an NVIDIA driver; `llama-export env` lists what is installed",
         )
     return OpenGraph(onnxruntime, session, None)

@@ -79,6 +79,14 @@ class CacheSession(Session, Protocol):
     def rewind(self, past_length: Sequence[int]) -> None:
         """Forgets what follows the first ``past_length[b]`` tokens of each row b."""
 
+    def most_rows(self, length: int, width: int) -> int:
+        """Rows of a batch that the session serves, and that fit into memory, at once; at least 1.
+
+        Args:
+            length: tokens that a row of the cache comes to hold.
+            width: new tokens of a row in the widest step.
+        """
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Row ``rows[i]`` becomes row i, and the rows not named are dropped; ``rows`` ascends."""
 

@@ -1,4 +1,5 @@
-"""From logits to a token: what a request may ask for, each step as a pure function, and one sampler per row.
+"""From logits to a token: each step as a pure function, and one sampler per row. The settings are
+:class:`llama_export.sampling_params.SamplingParams`.
 
 The order is that of transformers' ``generate`` (5.23, ``_get_logits_processor``), and of vLLM:
 
@@ -16,10 +17,8 @@ time O(n).
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,93 +26,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_export._files import is_unicode
-from llama_export.errors import ConfigError, ToolchainError
+from llama_export.errors import ToolchainError
+from llama_export.sampling_params import SamplingParams
 
 Logits = NDArray[np.floating[Any]]
 """[n], float32 as they come from a session or float64 between steps; -inf is "impossible"."""
 Float64Array = NDArray[np.float64]
 Int64Array = NDArray[np.int64]
 Indices = NDArray[np.intp]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How a text is continued. The default is greedy: the most likely token, again and again.
-
-    Raises:
-        ConfigError: a value out of range; it names the field and the flag of ``llama-export run``.
-    """
-
-    max_new_tokens: int = 64
-    """At most so many tokens are added, >= 1."""
-    temperature: float = 0.0
-    """Logits are divided by it, >= 0: below 1 likely tokens become likelier. 0 is greedy; the filters below then change
-    nothing, for each keeps the most likely token."""
-    top_k: int = 0
-    """Keeps the k most likely tokens, and all that tie with the last of them; 0 is off."""
-    top_p: float = 1.0
-    """Keeps the fewest most likely tokens whose probabilities add up to this, 0 < p <= 1; 1 is off.
-    https://arxiv.org/abs/1904.09751"""
-    min_p: float = 0.0
-    """Keeps tokens at least this share as likely as the most likely one, 0..1; 0 is off.
-    https://arxiv.org/abs/2407.01082"""
-    repetition_penalty: float = 1.0
-    """Positive logits of tokens in prompt or output are divided by it, negative ones multiplied, > 0; 1 is off.
-    https://arxiv.org/abs/1909.05858 (section 4.1)"""
-    presence_penalty: float = 0.0
-    """Subtracted from the logit of every token generated before, as OpenAI's API defines it; 0 is off."""
-    frequency_penalty: float = 0.0
-    """Subtracted once for each time that the token was generated before; 0 is off."""
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    """Token id -> what is added to its logit; -1e9 rules a token out."""
-    seed: int | None = None
-    """0..2^64 - 1. The same seed draws the same numbers for a row, whatever else is in its batch; None: other numbers
-    each time."""
-    stop: Sequence[str] = ()
-    """Texts, or one text, that end the output, which stops short of the one that comes first."""
-    stop_token_ids: Sequence[int] = ()
-    """Tokens that end the output, beside the model's own; the token is in ``tokens``, not in the text."""
-    ignore_eos: bool = False
-    """The model's own end-of-sequence tokens end nothing."""
-    logprobs: int | None = None
-    """Natural logarithms of the model's own probabilities, before any of the steps above: of each chosen token, and of
-    this many most likely ones; None: not computed."""
-
-    def __post_init__(self) -> None:
-        for name in ("stop", "stop_token_ids"):  # what is kept cannot be changed from outside
-            value = getattr(self, name)
-            if isinstance(value, str):
-                value = (value,)
-            object.__setattr__(self, name, tuple(value) if isinstance(value, (list, tuple)) else value)
-        if isinstance(self.logit_bias, Mapping):
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
-        for name, least in (("max_new_tokens", 1), ("top_k", 0)):
-            value = getattr(self, name)
-            _check(_is_int(value) and value >= least, name, value, f"an integer >= {least}")
-        _check(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a number >= 0")
-        _check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a probability, 0 < p <= 1")
-        _check(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "a share, 0..1")
-        penalty = self.repetition_penalty
-        _check(_is_number(penalty) and penalty > 0, "repetition_penalty", penalty, "a number > 0")
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            _check(_is_number(value), name, value, "a number")
-        valid = isinstance(self.logit_bias, dict) and all(
-            _is_int(token) and token >= 0 and _is_number(bias) for token, bias in self.logit_bias.items()
-        )
-        _check(valid, "logit_bias", self.logit_bias, "token id -> number")
-        seed = self.seed
-        _check(seed is None or (_is_int(seed) and 0 <= seed < 2**64), "seed", seed, "an integer, 0..2^64 - 1, or None")
-        valid = isinstance(self.stop, tuple) and all(isinstance(text, str) and is_unicode(text) for text in self.stop)
-        _check(valid and all(self.stop), "stop", self.stop, "texts of at least one character")
-        valid = isinstance(self.stop_token_ids, tuple) and all(
-            _is_int(token) and token >= 0 for token in self.stop_token_ids
-        )
-        _check(valid, "stop_token_ids", self.stop_token_ids, "token ids")
-        _check(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "true or false")
-        count = self.logprobs
-        _check(count is None or (_is_int(count) and count >= 0), "logprobs", count, "an integer >= 0, or None")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,27 +245,3 @@ def _below_largest(logits: Logits) -> Float64Array:
     found = logits.astype(np.float64)
     found -= found.max()
     return found
-
-
-# ---- what may be asked for --------------------------------------------------------------------------------------
-
-_FLAGS = {"stop_token_ids": "stop-token"}
-
-
-def _check(ok: bool, name: str, got: object, expected: str) -> None:
-    if not ok:
-        flag = _FLAGS.get(name, name.replace("_", "-"))
-        raise ConfigError(
-            f"bad value for {name}: {repr(got)[:200]}",
-            details={"field": name, "got": repr(got)[:200], "expected": expected},
-            hint=f"correct it: --{flag} on the command line, {name} in SamplingParams",
-        )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    """A finite number; an integer beyond the largest float is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

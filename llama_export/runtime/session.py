@@ -11,6 +11,7 @@ decision 50 in ``docs/decisions.md``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_export._process import available_memory
 from llama_export.bundle import Bundle
 from llama_export.config import LlamaConfig
 from llama_export.errors import ConfigError, ShapeError, ToolchainError
@@ -27,6 +29,14 @@ from llama_export.runtime.buffers import ONNX_DTYPES, CacheBuffer, CudaBuffer, F
 from llama_export.runtime.graph import Device, OpenGraph, open_graph
 
 Int64Array = NDArray[np.int64]
+
+
+MAX_ROWS = 256
+"""Rows of one batch: more add memory and, on a CPU, no speed."""
+_MEMORY_SHARE = 4
+"""A batch may take one in so many bytes of the available memory: the rest is the caller's and the weights'."""
+_UNKNOWN_MEMORY = 8 << 30
+"""Bytes that are taken as available where the system does not tell."""
 
 
 class CacheRows(ABC):
@@ -73,6 +83,15 @@ class CacheRows(ABC):
         # new <= old: nothing is overwritten before it is moved
         self._move_rows([(new, old, int(self.past_length[old])) for new, old in enumerate(rows) if new != old])
         self.past_length = self.past_length[list(rows)]
+
+    def most_rows(self, length: int, width: int) -> int:
+        """Rows of a batch that fit into memory at once, at least 1.
+
+        Args:
+            length: tokens that a row of the cache comes to hold.
+            width: new tokens of a row in the widest step.
+        """
+        return MAX_ROWS
 
     @abstractmethod
     def _move_rows(self, moves: Sequence[tuple[int, int, int]]) -> None:
@@ -144,6 +163,18 @@ class OnnxRuntimeSession(CacheRows):
         """Waits until the session runs as fast as it can: its weights are still being gathered into huge pages after it
         was opened. Nothing else depends on it."""
         self._graph.settle()
+
+    def most_rows(self, length: int, width: int) -> int:
+        """See :meth:`CacheRows.most_rows`. A row takes its part of the cache, its logits, and the activations of a step; all
+        are float32 on a CPU. Pages of the cache behind the last token are never touched and take no memory."""
+        if self._device != "cpu":
+            return super().most_rows(length, width)
+        config = self.config
+        cache = 2 * config.num_hidden_layers * math.prod(cache_shape(config, 1, length))
+        activations = width * (6 * config.hidden_size + 3 * config.intermediate_size)
+        row_bytes = 4 * (cache + activations + 2 * config.vocab_size)
+        memory = available_memory() or _UNKNOWN_MEMORY
+        return max(1, min(MAX_ROWS, memory // _MEMORY_SHARE // row_bytes))
 
     def _allocate(self, rows: int) -> None:
         """New buffers, of zeros: what lies behind the valid tokens must be finite for the standard Attention operator."""
