@@ -106,3 +106,20 @@ def test_help_of_every_command_gives_its_options() -> None:
         result = CliRunner().invoke(cli, [*found, "--help"])
         assert result.exit_code == 0
         assert "--json" in result.output, found
+
+
+@pytest.mark.parametrize("document", ["docs/python.md"])
+def test_python_blocks_run_on_the_bundle_of_the_demo(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llama_export.config import ExportConfig
+    from llama_export.export import export_checkpoint
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks
+    export_checkpoint(ROOT / "examples/tiny-llama", tmp_path / "path/to/Llama", ExportConfig(weights="copy"))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    assert capsys.readouterr().out
