@@ -566,7 +566,7 @@ def error_on_a_terminal(**environment: str) -> str:
 
 
 def test_errors_are_coloured_on_a_terminal_unless_no_color_is_set() -> None:
-    plain = "error: `/nowhere` is not a bundle\n  missing: manifest.json\n\nhint: "
+    plain = "error: no folder `/nowhere`\n  expected: the folder of a bundle\n\nhint: "
     coloured = error_on_a_terminal()
     assert ANSI in coloured
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).startswith(plain)
