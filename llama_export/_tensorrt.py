@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from llama_export._interrupt import Deferred
-from llama_export.errors import ArtifactMismatchError, MissingDependencyError, ToolchainError
+from llama_export.errors import ArtifactMismatchError, MissingDependencyError, ToolchainError, install_command
 from llama_export.placement import Progress
 
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx_bindings", "tensorrt": "tensorrt"}
@@ -50,13 +50,13 @@ def load_backend(backend: str) -> Any:
         raise ToolchainError(
             f"`{name}` cannot load its libraries",
             details={"reason": err},
-            hint=f"pip install 'llama-export[{backend}]'",
+            hint=install_command(backend),
         ) from err
     if not hasattr(trt.LayerType, "KV_CACHE_UPDATE"):
         raise ToolchainError(
             f"{backend} {trt.__version__} has no KV-cache layer",
             details={"expected": "tensorrt-rtx 1.7 or tensorrt 10.15"},
-            hint=f"pip install --upgrade 'llama-export[{backend}]'",
+            hint=install_command(backend).replace("pip install", "pip install --upgrade"),
         )
     return trt
 
@@ -114,7 +114,7 @@ def ensure_core_library_name() -> None:
         raise ToolchainError(
             f"TensorRT-RTX's parser cannot import plugin nodes: it would not find `{_CORE_NAME}`",
             details={"got": err, "expected": f"{_CORE_NAME}.1 from the tensorrt-rtx wheels, on Linux with glibc"},
-            hint="pip install 'llama-export[tensorrt-rtx]', or build an engine without plugin layers: --ops native",
+            hint=f"{install_command('tensorrt-rtx')}; or build an engine without plugin layers: --ops native",
         ) from err
 
 
@@ -381,7 +381,7 @@ def execution_blocker(backend: str) -> str | None:
         return f"TensorRT-RTX does not support this GPU: compute capability {capability}, supported: {supported}"
     for module in (_MODULES[backend], "cuda"):
         if importlib.util.find_spec(module) is None:
-            return f"the Python package `{module}` is not installed: pip install 'llama-export[{backend}]'"
+            return f"the Python package `{module}` is not installed; {install_command(backend)}"
     return None
 
 

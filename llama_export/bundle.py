@@ -60,6 +60,7 @@ from llama_export.manifest import (
     read_manifest,
     variant_names,
 )
+from llama_export.path_hints import not_a_bundle
 from llama_export.placement import link_file
 
 ENGINES_NAME = "engines"
@@ -155,14 +156,7 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False, replacing: str | N
     """
     _finish_interrupted(folder)
     if not os.path.lexists(folder / MANIFEST_NAME):
-        is_checkpoint = (folder / "config.json").is_file()
-        raise ConfigError(
-            f"`{folder}` is not a bundle",
-            details={"missing": MANIFEST_NAME},
-            hint=f"make one first: llama-export export {folder}"
-            if is_checkpoint
-            else "give the folder that `llama-export export` made",
-        )
+        raise not_a_bundle(folder, MANIFEST_NAME)
     manifest = read_manifest(folder, replacing=replacing)
     exported = [entry.file for entry in manifest.weights] + [entry.file for entry in manifest.functions.values()]
     made = {name: variant for variant in manifest.quantized for name in variant_names(variant)}

@@ -33,6 +33,7 @@ from llama_export.config import (
     resolve_task,
 )
 from llama_export.errors import CheckpointError, ConfigError, LlamaExportError
+from llama_export.path_hints import PICKLE_HINT, PICKLES, require_checkpoint_folder
 
 DTYPE_OF_SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -43,7 +44,6 @@ _MAX_HEADER_BYTES = 8_000_000
 published one below 0.2 MB."""
 _MAX_RANK, _MAX_NAME = 8, 1000
 """Of a tensor, and of its name; a Llama has 2 at most, and names of 50 characters."""
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _PREFIXES = ("model.", "transformer.", "")
 """Where Hugging Face's classes keep the decoder: all but two; question answering; a decoder saved without a head."""
 _DECODER = re.compile(r"(model\.|transformer\.|)(?:embed_tokens|layers|norm)\..+")
@@ -136,7 +136,7 @@ def load_checkpoint(folder: Path, allow_config_keys: Collection[str] = (), *, ta
         CheckpointError: no safetensors, pickles only, a truncated or overlapping file, a file that lies elsewhere, or
             tensors that are missing, unexpected or mis-shaped (both sets are listed); no head for the task.
     """
-    _check_folder(folder)
+    require_checkpoint_folder(folder)
     check_files(folder, ("config.json", INDEX_NAME, *TOKENIZER_FILES), hub_cache=True, error=CheckpointError)
     _check_sizes(folder)
     config = load_config(folder, allow_config_keys)
@@ -265,26 +265,6 @@ def _bad_file(path: Path, got: str, expected: str, hint: str) -> CheckpointError
     )
 
 
-def _check_folder(folder: Path) -> None:
-    if folder.is_dir():
-        return
-    if folder.exists():
-        raise CheckpointError(
-            f"`{folder}` is not a folder",
-            details={"expected": "a Hugging Face checkpoint folder"},
-            hint="give the folder that holds config.json and the *.safetensors files",
-        )
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(folder)):
-        raise CheckpointError(
-            f"no folder `{folder}`",
-            details={"expected": "a local checkpoint folder"},
-            hint=f"a hub id is not downloaded for you: hf download {folder} --local-dir {folder.name}, then export {folder.name}",
-        )
-    raise CheckpointError(
-        f"no folder `{folder}`", details={"expected": "a local checkpoint folder"}, hint="check the path"
-    )
-
-
 def check_files(folder: Path, names: Iterable[str], *, hub_cache: bool, error: type[LlamaExportError]) -> None:
     """Refuses files of a folder that lie elsewhere, or are none. What is not there is not checked.
 
@@ -367,12 +347,12 @@ def _weight_file_names(folder: Path) -> list[str]:
                 hint="restore the index from its source",
             )
         return names
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise CheckpointError(
             "this checkpoint holds pickle files only",
             details={"folder": folder, "got": ", ".join(pickles[:4]), "expected": "*.safetensors"},
-            hint="a pickle can run code when it is opened: convert it once with transformers, save_pretrained(folder)",
+            hint=PICKLE_HINT,
         )
     raise CheckpointError(
         "no weights in this folder",

@@ -44,12 +44,14 @@ from llama_export.config import (
     ExportConfig,
 )
 from llama_export.errors import ConfigError, LlamaExportError, ShapeError, ToolchainError
+from llama_export.path_hints import require_checkpoint_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from llama_export.bundle import Bundle
     from llama_export.llm import Completion, TextGeneration
+    from llama_export.runtime.text import TextCodec
 
 EXIT_CODES = """\b
 Exit codes:
@@ -155,6 +157,7 @@ def export(
     hash_weights: bool, allow_config_keys: tuple[str, ...], quantized: tuple[str, ...], ignore_estimate: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT (a Hugging Face folder) to ONNX, weights by reference."""
+    require_checkpoint_folder(checkpoint)  # before the imports, which take seconds
     with collector_paused():  # the imports, too, make many objects and no garbage
         from llama_export.export import export_checkpoint
 
@@ -284,7 +287,11 @@ def refit(engine: Path, bundle: Path, force: bool, ignore_hashes: bool, as_json:
 @click.argument("bundle", type=_PATH)
 @click.option(
     "--prompt", "prompts", multiple=True, metavar="TEXT",
-    help="Text to continue, to classify, to embed; or the question. Several are continued as one batch.",
+    help="Text to continue, to classify or to embed, or the question; `-` reads standard input. Repeatable: one batch.",
+)  # fmt: skip
+@click.option(
+    "--prompt-file", "prompt_files", multiple=True, type=_PATH, metavar="FILE",
+    help="A UTF-8 file that holds one prompt. Repeatable; comes after the prompts of --prompt.",
 )  # fmt: skip
 @click.option("--context", help="Question answering: the text that holds the answer.")
 @click.option("--tokens", metavar="1,2,3", help="Token ids instead of --prompt.")
@@ -294,8 +301,8 @@ def refit(engine: Path, bundle: Path, force: bool, ignore_hashes: bool, as_json:
 @_json_flag
 @click.pass_context
 def run(
-    command: click.Context, /, bundle: Path, prompts: tuple[str, ...], context: str | None, tokens: str | None,
-    session: dict[str, Any], ignore_hashes: bool, as_json: bool, **sampling: Any,
+    command: click.Context, /, bundle: Path, prompts: tuple[str, ...], prompt_files: tuple[Path, ...], context: str | None,
+    tokens: str | None, session: dict[str, Any], ignore_hashes: bool, as_json: bool, **sampling: Any,
 ) -> None:  # fmt: skip
     """Run BUNDLE: continue prompts, or say what the head makes of a text.
 
@@ -304,13 +311,19 @@ def run(
     from llama_export._files import is_unicode
     from llama_export.bundle import load_bundle
 
-    if bool(prompts) == (tokens is not None):
-        raise click.UsageError("give either --prompt TEXT or --tokens 1,2,3")
+    if bool(prompts or prompt_files) == (tokens is not None):
+        raise click.UsageError("give either --prompt TEXT (or --prompt-file FILE) or --tokens 1,2,3")
+    if prompts.count("-") > 1:
+        raise click.UsageError("--prompt - can be given once: standard input is read to its end")
     for flag, text in (*(("--prompt", prompt) for prompt in prompts), ("--context", context)):
         if text is not None and not is_unicode(text):
             raise ConfigError(
                 f"{flag} is not UTF-8 text", details={"got": ascii(text)}, hint="check the terminal's encoding"
             )
+    prompts = (
+        *(_prompt_from_stdin() if prompt == "-" else prompt for prompt in prompts),
+        *map(_prompt_from_file, prompt_files),
+    )
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
     if opened.task == "causal-lm":
         if context is not None:
@@ -330,6 +343,48 @@ def run(
         )
     settings = {name: session[name] for name in ("backend", "engine", "threads")}
     _predict(opened, prompts[0] if prompts else None, context, tokens, settings, as_json)
+
+
+def _prompt_from_stdin() -> str:
+    return _prompt_text(sys.stdin.buffer.read(_MAX_PROMPT_BYTES + 1), "standard input")
+
+
+def _prompt_from_file(path: Path) -> str:
+    from llama_export._files import read_small
+
+    try:
+        return _prompt_text(read_small(path, _MAX_PROMPT_BYTES), f"`{path}`")
+    except OSError as err:
+        raise ConfigError(
+            f"prompt file `{path}` cannot be read", details={"reason": err.strerror or err}, hint="check the path"
+        ) from err
+
+
+def _prompt_text(raw: bytes, source: str) -> str:
+    """A prompt as it stands, its last line break included.
+
+    Raises:
+        ConfigError: empty, too large, or not UTF-8.
+    """
+    if len(raw) > _MAX_PROMPT_BYTES:
+        raise ConfigError(
+            f"the prompt from {source} is too large",
+            details={"got": f"more than {_MAX_PROMPT_BYTES} bytes"},
+            hint="shorten it: a model reads thousands of tokens",
+        )
+    if not raw:
+        raise ConfigError(f"the prompt from {source} is empty", hint="give at least one character")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise ConfigError(
+            f"the prompt from {source} is not UTF-8 text",
+            details={"got": f"byte {raw[err.start]:#04x} at position {err.start}"},
+            hint="convert it to UTF-8",
+        ) from err
+
+
+_MAX_PROMPT_BYTES = 64 << 20
 
 
 def _predict(
@@ -364,7 +419,8 @@ def _generate(
 ) -> None:  # fmt: skip
     """One prompt continued, whose text goes out as it comes; or several as one batch."""
     from llama_export.llm import LLM, open_session
-    from llama_export.runtime import SamplingParams, TextCodec
+    from llama_export.runtime import TextCodec
+    from llama_export.sampling_params import SamplingParams
 
     params = SamplingParams(**sampling)
     if params.logprobs is not None and not as_json:
@@ -389,14 +445,11 @@ def _generate(
     later = sum(len(one.tokens) - 1 for one in made)
     speed = later / decode if later and decode else None
     if as_json:
-        several = len(made) > 1
-        texts = [one.text if codec is not None else None for one in made]
-        reasons = [one.finish_reason for one in made]
         data = {
-            "tokens": [one.tokens for one in made], "text": texts if several else texts[0],
+            "tokens": [one.tokens for one in made], "text": [one.text if codec is not None else None for one in made],
             "prefill_seconds": round(prefill, 6), "decode_tokens_per_second": None if speed is None else round(speed, 2),
-            "backend": session.backend, "finish_reason": reasons if several else reasons[0],
-            "logprobs": None if params.logprobs is None else [_logprobs(one) for one in made], "seed": params.seed,
+            "backend": session.backend, "finish_reason": [one.finish_reason for one in made],
+            "logprobs": None if params.logprobs is None else [_logprobs(one, codec) for one in made], "seed": params.seed,
         }  # fmt: skip
         _print(data, True, "")
     elif len(made) > 1:
@@ -421,15 +474,17 @@ def _stream(generation: TextGeneration, *, as_text: bool) -> Completion:
     return generation.result
 
 
-def _logprobs(one: Completion) -> list[dict[str, Any]]:
-    """Per token, as JSON."""
+def _logprobs(one: Completion, codec: TextCodec | None) -> list[dict[str, Any]]:
+    """Per token, as JSON, with the token's own text."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text, raw = (None, None) if codec is None else codec.piece_of(token)
+        return {"token": token, "text": text, "bytes": None if raw is None else list(raw), "logprob": logprob}
+
     return [
-        {
-            "token": at.token, "logprob": at.logprob,
-            "top": [{"token": token, "logprob": logprob} for token, logprob in at.top],
-        }
+        {**entry(at.token, at.logprob), "top": [entry(token, logprob) for token, logprob in at.top]}
         for at in one.logprobs or ()
-    ]  # fmt: skip
+    ]
 
 
 def _needed(prompt: int, new_tokens: int, limit: int) -> int:
@@ -539,13 +594,14 @@ def validate(
     """Prove, stage by stage, that BUNDLE computes what the checkpoint computes."""
 
     from llama_export.bundle import load_bundle
+
+    opened = load_bundle(bundle, ignore_hashes=ignore_hashes)  # before the imports, which take seconds
     from llama_export.parity import journal
     from llama_export.parity.judge import ValidateConfig
     from llama_export.parity.report import print_summary, report_folder, require_plots, write_report
     from llama_export.parity.validate import validate_bundle
 
     folder = report_folder(bundle) if report is None else report
-    opened = load_bundle(bundle, ignore_hashes=ignore_hashes)
     config = ValidateConfig(
         stages=_names(stages), require=_names(require), steps=steps, seed=seed, text=text, cases=folder / "operations",
         checkpoint=checkpoint, journal=folder / journal.FOLDER, resume=resume,

@@ -211,7 +211,8 @@ _FOREIGN_KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
 """Key of another family -> the values with which it changes nothing (null always), and what it does there."""
 
 _OTHER_FAMILIES = {
-    "mistral": "Mistral limits attention to a sliding window",
+    "mistral": "Mistral is not supported: attention in its checkpoints may be limited to a sliding window, and without one "
+    "(sliding_window: null) the arithmetic is Llama's, but this exporter does not read the type",
     "ministral": "Ministral limits attention to a sliding window in some layers",
     "mixtral": "Mixtral routes each token to some of several expert MLPs",
     "qwen2": "Qwen2 has biases on query, key and value alone",
@@ -703,11 +704,12 @@ def _check_model_type(model_type: object, source: str) -> None:
     if model_type == "llama":
         return
     known = [name for name in _OTHER_FAMILIES if isinstance(model_type, str) and model_type.startswith(name)]
+    family = max(known, key=len, default=None)
     raise ConfigError(
         f"unsupported model_type: {model_type}",
         details={"file": source, "got": model_type, "expected": "llama"},
-        hint=f"{_OTHER_FAMILIES[max(known, key=len)]}: as a Llama it would compute other numbers"
-        if known
+        hint=_OTHER_FAMILIES[family] + ("" if family == "mistral" else ": as a Llama it would compute other numbers")
+        if family
         else "only Llama checkpoints are exported; a model of the same architecture must say so in its config.json",
     )
 

@@ -90,8 +90,13 @@ class MissingDependencyError(ToolchainError):
         super().__init__(
             f"the Python package `{module}` is not installed",
             details={"needed for": f"the `{extra}` extra"},
-            hint=f"pip install 'llama-export[{extra}]'",
+            hint=install_command(extra),
         )
+
+
+def install_command(extra: str) -> str:
+    """How an extra is installed. The package is on no index yet, so it is installed from a clone of the repository."""
+    return f"in a clone of the llama-export repository: pip install '.[{extra}]'"
 
 
 class EngineBuildError(LlamaExportError):

@@ -258,12 +258,14 @@ def estimate_export(
         ToolchainError: it does not fit, and ``config.ignore_estimate`` is off.
     """
     found = export_work(checkpoint, destination, config, converted_bytes).estimate()
+    one_device = checkpoint.folder.stat().st_dev == destination.existing.stat().st_dev
+    links = " or with --weights link" if one_device else ""  # hard links do not cross file systems
     if config.weights == "embed":
         disk_hint = "leave --weights embed out: in place (no -o) nothing is copied then"
     elif converted_bytes is not None:
-        disk_hint = "leave --convert-weights out: the graph casts, and in place (no -o) or with --weights link nothing is copied"
+        disk_hint = f"leave --convert-weights out: the graph casts, and in place (no -o){links} nothing is copied"
     else:
-        disk_hint = "export in place (without -o) or with --weights link, which write no weights"
+        disk_hint = f"export in place (without -o){links}: no weights are written then"
     refusal = _refusal(found, destination.existing, "export", disk_hint)
     _say(f"export: {_line(found)} of weights to write", refusal, config.ignore_estimate, log)
     return found

@@ -57,9 +57,7 @@ def place_weights(
             continue
         if shares_blocks and (reason := reflink_file(real, target)):
             shares_blocks = False
-            log(
-                f"export: copying the weights: {reason}; in place (no -o) nothing is written, nor with hard links (--weights link)"
-            )
+            log(f"export: copying the weights: {reason}; in place (no -o) nothing is written{_or_links(real, target)}")
         if not shares_blocks:
             written += _copy(real, target, progress)
         shutil.copystat(real, target)
@@ -74,6 +72,12 @@ LINK_NOTE = (
     "hard links: onnxruntime and TensorRT read them; the Python package onnx (load, checker) and onnx-ir refuse a file of more "
     "than one link, and a change of the checkpoint's files changes the bundle's"
 )
+
+
+def _or_links(source: Path, target: Path) -> str:
+    """Hard links as another way, where both lie on one file system."""
+    same = source.stat().st_dev == target.parent.stat().st_dev
+    return ", nor with hard links (--weights link)" if same else ""
 
 
 def _copy(source: Path, target: Path, progress: Progress) -> int:

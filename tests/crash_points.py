@@ -95,7 +95,7 @@ class Scenario:
         try:
             bundle = load_bundle(self.target)
         except LlamaExportError as err:
-            return "absent" if "is not a bundle" in str(err) else f"broken: {err}"
+            return "absent" if "is not a bundle" in str(err) or "no folder" in str(err) else f"broken: {err}"
         name = "old" if bundle.dtype == "float16" else "complete"
         there = {path.name for path in self.target.iterdir() if not path.name.endswith(".partial")}
         wanted = {"config.json", "model.safetensors", "model.onnx", "model.onnxruntime.onnx", "manifest.json"}

@@ -934,7 +934,7 @@ def test_folder_without_a_manifest_is_no_bundle(
         "missing: manifest.json",
         f"llama-export export {checkpoint}",
     )
-    check_refused(capsys, tmp_path, ["inspect", tmp_path / "no"], "is not a bundle", "that `llama-export export` made")
+    check_refused(capsys, tmp_path, ["inspect", tmp_path / "no"], "no folder", "check the path")
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, ...], ids=str)

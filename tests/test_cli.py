@@ -158,7 +158,7 @@ def test_missing_package_is_exit_3_with_the_extra_to_install(make_checkpoint: Ma
     ):
         assert (code, out) == (3, ""), err
         assert f"error: the Python package `{module}" in err
-        assert f"hint: pip install 'llama-export[{extra}]'" in err
+        assert f"hint: in a clone of the llama-export repository: pip install '.[{extra}]'" in err
     assert sorted(path.name for path in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -277,7 +277,7 @@ def test_run_prints_the_keys_of_the_contract(bundle: Path, capsys: Capture) -> N
     ((*tokens,),) = data["tokens"]
     assert 1 <= len(tokens) <= 4  # new tokens only
     assert all(0 <= token < 97 for token in tokens)
-    assert data["text"] is None
+    assert data["text"] == [None]
     assert data["backend"] == "onnxruntime-cpu"
     assert data["prefill_seconds"] > 0
     assert captured.err.startswith(f"run: {len(tokens)} tokens, prefill ")
@@ -293,9 +293,9 @@ def test_run_continues_text(text_bundle: Path, capsys: Capture) -> None:
     command = ["run", str(text_bundle), "--max-new-tokens", "5"]
     assert main([*command, "--prompt", "w1 w2 w3", "--json"]) == 0
     data = document(capsys.readouterr().out)
-    assert data["text"] == "".join(f"w{token}" for token in data["tokens"][0])
+    assert data["text"] == ["".join(f"w{token}" for token in data["tokens"][0])]
     assert main([*command, "--prompt", "w1 w2 w3"]) == 0
-    assert capsys.readouterr().out == data["text"] + "\n"
+    assert capsys.readouterr().out == data["text"][0] + "\n"
     assert main([*command, "--tokens", "1,2,3", "--json"]) == 0
     assert document(capsys.readouterr().out)["tokens"] == data["tokens"]
 
@@ -398,7 +398,7 @@ def test_validate_without_matplotlib_says_so_before_the_work(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("llama_export.parity.validate.validate_bundle", None)
     assert main(["validate", str(bundle)]) == 3
-    assert "llama-export[parity]" in capsys.readouterr().err
+    assert "pip install '.[parity]'" in capsys.readouterr().err
 
 
 def test_validate_prints_the_report_and_says_where_it_is(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -568,7 +568,7 @@ def error_on_a_terminal(**environment: str) -> str:
 
 
 def test_errors_are_coloured_on_a_terminal_unless_no_color_is_set() -> None:
-    plain = "error: `/nowhere` is not a bundle\n  missing: manifest.json\n\nhint: "
+    plain = "error: no folder `/nowhere`\n  expected: the folder of a bundle\n\nhint: "
     coloured = error_on_a_terminal()
     assert ANSI in coloured
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).startswith(plain)

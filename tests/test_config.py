@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from support import check_export_refused, patient
 
 from llama_export.checkpoint import load_checkpoint
+from llama_export.cli import main
 from llama_export.config import (
     _FOREIGN_KEYS,
     _HARMLESS_KEYS,
@@ -108,8 +109,6 @@ def test_missing_size_is_refused_not_guessed(
 @pytest.mark.parametrize(
     ("value", "difference"),
     [
-        ("mistral", "Mistral limits attention to a sliding window"),
-        ("mistral3", "Mistral limits attention to a sliding window"),
         ("mixtral", "some of several expert MLPs"),
         ("qwen2", "biases on query, key and value"),
         ("qwen2_moe", "biases and expert MLPs"),
@@ -129,6 +128,19 @@ def test_known_family_is_refused_with_its_difference(
         capsys, checkpoint, f"unsupported model_type: {value}", "expected: llama", difference,
         "as a Llama it would compute other numbers",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["mistral", "mistral3"])
+def test_mistral_without_a_window_is_refused_for_a_reason_that_is_true(
+    value: str, make_checkpoint: MakeCheckpoint, capsys: Capture
+) -> None:
+    checkpoint = make_checkpoint()
+    edit_json(checkpoint / "config.json", model_type=value, sliding_window=None)
+    check_export_refused(
+        capsys, checkpoint, f"unsupported model_type: {value}", "(sliding_window: null) the arithmetic is Llama's"
+    )
+    assert main(["export", str(checkpoint)]) == 2
+    assert "would compute other numbers" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["Llama", "bert", "", ..., None, 7, ["llama"]])

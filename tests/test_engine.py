@@ -158,7 +158,7 @@ def test_missing_backends_name_their_extra(bundle: Bundle, monkeypatch: pytest.M
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(MissingDependencyError) as caught:
             build_engine(bundle, EngineConfig(backend=backend, ops="native"))  # type: ignore[arg-type]
-        assert caught.value.hint == f"pip install 'llama-export[{backend}]'"
+        assert caught.value.hint == f"in a clone of the llama-export repository: pip install '.[{backend}]'"
 
 
 def test_engine_module_needs_neither_torch_nor_the_op_table() -> None:

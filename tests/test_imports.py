@@ -21,7 +21,17 @@ ORDER = (
     ("__init__",),
     ("_text",),
     ("errors",),
-    ("_huge_pages", "_interrupt", "_process", "_files", "_typed", "_onnx_bytes", "environment", "_arguments"),
+    (
+        "_huge_pages",
+        "_interrupt",
+        "_process",
+        "_files",
+        "_typed",
+        "_onnx_bytes",
+        "environment",
+        "_arguments",
+        "path_hints",
+    ),
     ("sampling_params",),
     ("_sampling_options",),
     ("_commit", "_content"),
@@ -80,6 +90,7 @@ BASE = (
     "runtime",
     "llm",
     "_arguments",
+    "path_hints",
     "sampling_params",
     "_sampling_options",
     "head",
@@ -187,6 +198,7 @@ def test_command_line_imports_only_light_modules_of_the_package() -> None:
         "_text",
         "config",
         "errors",
+        "path_hints",
     }
 
 
@@ -270,7 +282,7 @@ def test_error_text_is_what_where_got_expected_and_a_hint() -> None:
 def test_missing_dependency_names_the_extra() -> None:
     err = errors.MissingDependencyError("onnxruntime", "cpu")
     assert err.exit_code == 3
-    assert err.hint == "pip install 'llama-export[cpu]'"
+    assert err.hint == "in a clone of the llama-export repository: pip install '.[cpu]'"
     assert "`onnxruntime`" in err.message
 
 

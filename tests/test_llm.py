@@ -448,13 +448,15 @@ def test_run_prints_one_prompt_as_before_and_more(talking: Path, capsys: Capture
         *("finish_reason", "logprobs", "seed"),
     ]
     ((*tokens,),) = data["tokens"]
-    assert isinstance(data["text"], str)
-    assert data["finish_reason"] in ("stop", "length")
+    assert [type(text) for text in data["text"]] == [str]
+    assert data["finish_reason"] in (["stop"], ["length"])
     ((*logprobs,),) = data["logprobs"]
     assert [at["token"] for at in logprobs] == tokens
     for at in logprobs:
         assert len(at["top"]) == 2
-        assert at["top"][0] == {"token": at["token"], "logprob": at["logprob"]}, "greedy takes the likeliest"
+        assert at["top"][0] == {key: at[key] for key in ("token", "text", "bytes", "logprob")}, (
+            "greedy takes the likeliest"
+        )
         assert at["logprob"] <= 0
     assert data["seed"] is None
 
@@ -464,8 +466,8 @@ def test_run_prints_several_prompts_one_by_one(talking: Path, capsys: Capture) -
     data = run_json(capsys, *command)
     alone = [run_json(capsys, talking, "--prompt", text, "--max-new-tokens", 5) for text in ("def ", "import ")]
     assert data["tokens"] == [one["tokens"][0] for one in alone]
-    assert data["text"] == [one["text"] for one in alone]
-    assert data["finish_reason"] == [one["finish_reason"] for one in alone]
+    assert data["text"] == [one["text"][0] for one in alone]
+    assert data["finish_reason"] == [one["finish_reason"][0] for one in alone]
     assert main(["run", *map(str, command)]) == 0
     out = capsys.readouterr().out
     assert out == f'prompt: "def "\n{data["text"][0]}\nprompt: "import "\n{data["text"][1]}\n'
@@ -479,7 +481,7 @@ def test_run_repeats_what_a_seed_drew(talking: Path, capsys: Capture) -> None:
     assert main(["run", *map(str, command), "--seed", "7"]) == 0
     captured = capsys.readouterr()
     assert captured.err.rstrip().endswith(", seed 7")
-    assert captured.out == run_json(capsys, *command, "--seed", 7)["text"] + "\n"
+    assert captured.out == run_json(capsys, *command, "--seed", 7)["text"][0] + "\n"
 
 
 FLAGS: dict[str, tuple[list[object], dict[str, Any]]] = {
@@ -503,7 +505,7 @@ def test_each_flag_is_its_setting(what: str, talking: Path, model: LLM, capsys: 
     data = run_json(capsys, talking, "--prompt", "def ", "--max-new-tokens", 30, *flags)
     (want,) = model.complete(["def "], max_new_tokens=30, **sampling)
     assert data["tokens"] == [want.tokens]
-    assert (data["text"], data["finish_reason"]) == (want.text, want.finish_reason)
+    assert (data["text"], data["finish_reason"]) == ([want.text], [want.finish_reason])
 
 
 REFUSALS: dict[str, tuple[list[object], list[str]]] = {

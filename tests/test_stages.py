@@ -444,7 +444,7 @@ def test_without_transformers_its_stages_are_not_run_and_name_the_extra(
     assert verdicts(report, "pass") == alone, explain(report)
     theirs = set(STAGES) - alone - ENGINE - HASHES - KERNELS - TEXT
     assert verdicts(report, "not-run") == theirs | ENGINE | HASHES | KERNELS | TEXT
-    assert all("llama-export[parity]" in stage.reason for stage in report.stages if stage.name in theirs)
+    assert all("pip install '.[parity]'" in stage.reason for stage in report.stages if stage.name in theirs)
     assert report.verdict == "pass"
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from llama_export.parity.diff import ReportDiff, StageDiff
 from llama_export.parity.plots import plot_logits, plot_overview, plot_series
 from llama_export.parity.result import ParityReport
 from llama_export.parity.wording import (
+    NOT_SELECTED,
     STYLES,
     SYMBOLS,
     WORDS,
@@ -46,6 +47,7 @@ from llama_export.parity.wording import (
     quoted,
     short,
     tally,
+    tally_of_selected,
     worst_element,
 )
 
@@ -202,14 +204,10 @@ def print_summary(report: ParityReport, console: Console) -> None:
     def text(plain: str, verdict: str = "") -> Text:
         return Text(printable(clean(plain)), STYLES.get(verdict, ""))
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
-    metrics = [stage.tolerance.metric for stage in report.stages if stage.tolerance]
-    widths = {"stage": 0, "metric": min(max(map(len, [*metrics, "metric"])), max(13, console.width // 6))}
-    widths |= {"error": 8, "limit": 6, "margin": 14, "verdict": 7}
-    widths["stage"] = max(console.width - sum(widths.values()) - len(widths) + 1, 7)  # both names fold
-    for name, width in widths.items():
-        right = name in ("error", "limit", "margin")
-        table.add_column(name, overflow="fold", justify="right" if right else "left", max_width=width)
+    table = _table(
+        console.width,
+        {"stage": "name", "metric": "metric", "error": "number", "limit": "number", "margin": "number", "verdict": ""},
+    )
     details = Table.grid(padding=(0, 1), pad_edge=False)
     for stage in report.stages:
         if stage.verdict != "not-run":
@@ -221,6 +219,8 @@ def print_summary(report: ParityReport, console: Console) -> None:
             worst = f"\nworst element: {worst_element(stage)}" if stage.worst else ""
             details.add_row(text(WORDS["fail"], "fail"), text(f"{stage.name}: {stage.reason}{worst}"))
     for reason, names in not_run_by_reason(report).items():
+        if reason == NOT_SELECTED:
+            continue  # the last line counts them
         details.add_row(text(WORDS["not-run"], "not-run"), text(f"{', '.join(names)}: {reason}"))
     for part in (table, details):
         if part.row_count:
@@ -229,11 +229,29 @@ def print_summary(report: ParityReport, console: Console) -> None:
         console.print(text(f"first divergence: {place_in_words(report.first_divergence)}", "fail"))
     if report.missing:
         console.print(text(f"required but not run: {', '.join(report.missing)}", "fail"))
-    console.print(text(f"{WORDS[report.verdict]}: {tally(report)}", report.verdict))
+    console.print(text(f"{WORDS[report.verdict]}: {tally_of_selected(report)}", report.verdict))
+
+
+def _table(width: int, columns: Mapping[str, str]) -> Table:
+    """A table of a terminal. Its names fold where the terminal is narrow; numbers and verdicts never do.
+
+    Args:
+        width: of the terminal, columns.
+        columns: heading -> ``name``, ``metric`` (a name that folds first), ``number``, or nothing for a word.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
+    for heading, kind in columns.items():
+        if kind in ("name", "metric"):
+            most = max(13, width // 6) if kind == "metric" else None
+            table.add_column(heading, overflow="fold", min_width=7, max_width=most)
+        else:
+            table.add_column(heading, justify="right" if kind == "number" else "left", no_wrap=True)
+    return table
 
 
 def print_diff(diff: ReportDiff, console: Console) -> None:
-    """Prints the stages that changed, why the drifted ones did, what else changed, and one line with the outcome.
+    """Prints the stages whose share of the limit moved, then each drift and note, what else changed, and the outcome.
+    A stage that drifted is told once, by its sentence.
 
     Legible at 80 columns and without colour, as :func:`print_summary` is.
     """
@@ -241,17 +259,14 @@ def print_diff(diff: ReportDiff, console: Console) -> None:
     def text(plain: str, style: str = "") -> Text:
         return Text(printable(clean(plain)), style)
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
-    widths = {"stage": 0, "before": 7, "now": 7, "share": 8, "share now": 9, "growth": 8, "": 5}
-    widths["stage"] = max(console.width - sum(widths.values()) - len(widths) + 1, 7)
-    for name, width in widths.items():
-        right = name in ("share", "share now", "growth")
-        table.add_column(name, overflow="fold", justify="right" if right else "left", max_width=width)
+    table = _table(
+        console.width,
+        {"stage": "name", "before": "", "now": "", "share": "number", "share now": "number", "growth": "number"},
+    )
     details = Table.grid(padding=(0, 1), pad_edge=False)
     for stage in diff.stages:
-        if not stage.is_same:
-            word = text("DRIFT", STYLES["fail"]) if stage.drift else text("")
-            table.add_row(*map(text, _diff_cells(stage)), word)
+        if not (stage.is_same or stage.drift or stage.notes):  # those are told below, once
+            table.add_row(*map(text, _diff_cells(stage)))
     for name, kind, said in _sentences(diff):
         word = text("note", STYLES["not-run"]) if kind == "note" else text("DRIFT", STYLES["fail"])
         details.add_row(word, text(f"{name}: {said}"))

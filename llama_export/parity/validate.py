@@ -24,6 +24,7 @@ from llama_export.parity.judge import NotRun, ValidateConfig, Validator
 from llama_export.parity.quantized_stages import quantized_stages
 from llama_export.parity.result import ParityReport, Stage, matches
 from llama_export.parity.stages import STAGES, CausalValidator
+from llama_export.parity.wording import NOT_SELECTED
 from llama_export.placement import Progress
 
 DEVIATIONS = (
@@ -105,7 +106,7 @@ def validate_bundle(
         """One entry per stage of the table at least; those still to come did not run."""
         found = []
         for name in available:
-            reason = "not selected by --stages" if name not in results else _INTERRUPTED
+            reason = NOT_SELECTED if name not in results else _INTERRUPTED
             found += results.get(name) or [Stage(name=name, verdict="not-run", reason=reason)]
         return found
 

@@ -17,6 +17,8 @@ from markupsafe import Markup
 from llama_export.parity.result import ParityReport, Stage
 
 WORDS = {"pass": "PASS", "fail": "FAIL", "not-run": "NOT RUN"}
+NOT_SELECTED = "not selected by --stages"
+"""The reason of a stage that ``--stages`` leaves out."""
 SYMBOLS = {"pass": "✓", "fail": "✗", "not-run": "○"}
 STYLES = {"pass": "bold green", "fail": "bold red", "not-run": "bold yellow"}
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -81,6 +83,14 @@ def tally(report: ParityReport) -> str:
     """The counts in words."""
     counts = count_by_verdict(report)
     return f"{counts['pass']} passed, {counts['fail']} failed, {counts['not-run']} not run"
+
+
+def tally_of_selected(report: ParityReport) -> str:
+    """The counts in words; stages that ``--stages`` left out are counted apart from those that could not run."""
+    counts = count_by_verdict(report)
+    left_out = sum(stage.verdict == "not-run" and stage.reason == NOT_SELECTED for stage in report.stages)
+    more = f", {left_out} not selected" if left_out else ""
+    return f"{counts['pass']} passed, {counts['fail']} failed, {counts['not-run'] - left_out} not run{more}"
 
 
 def headline(report: ParityReport) -> str:

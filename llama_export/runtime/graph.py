@@ -22,7 +22,14 @@ from llama_export._huge_pages import gather_huge_pages
 from llama_export._process import available_memory, trim_heap
 from llama_export.bundle import Bundle
 from llama_export.config import count_parameters
-from llama_export.errors import ArtifactMismatchError, ConfigError, MissingDependencyError, ToolchainError, numbered
+from llama_export.errors import (
+    ArtifactMismatchError,
+    ConfigError,
+    MissingDependencyError,
+    ToolchainError,
+    install_command,
+    numbered,
+)
 from llama_export.graph_check import check_graph
 
 Device = Literal["cpu", "cuda"]
@@ -163,7 +170,7 @@ def _open_on_cuda(
                 "NVIDIA driver": _driver(),
                 **numbered("message", printed.getvalue().splitlines()),
             },
-            hint="pip install 'llama-export[cuda]' into an environment without the package `onnxruntime`, on a machine with "
+            hint=f"{install_command('cuda')} into an environment without the package `onnxruntime`, on a machine with "
             "an NVIDIA driver; `llama-export env` lists what is installed",
         )
     return OpenGraph(onnxruntime, session, None, weights=weights)

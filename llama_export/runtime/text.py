@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,23 @@ class TextCodec:
         added: str = twice[len(once) :]  # the first token of a text may lose its space
         return added
 
+    def piece_of(self, token: int) -> tuple[str, bytes | None]:
+        """A token's own text, and its bytes where the text alone does not say them.
+
+        A token may hold a part of a character. Its text then has U+FFFD for each such part, and its bytes are those of the
+        vocabulary (byte-level BPE, or ``<0x0A>``); None if the vocabulary does not say them. For any other token bytes are
+        None: they are the text in UTF-8.
+        """
+        text = self.text_of(token)
+        return text, self._bytes_of(token) if "\ufffd" in text else None
+
+    def _bytes_of(self, token: int) -> bytes | None:
+        spelled: str = self._tokenizer.id_to_token(token) or ""
+        if match := re.fullmatch("<0x([0-9A-Fa-f]{2})>", spelled):
+            return bytes.fromhex(match[1])
+        codes = [_BYTE_OF_CHARACTER.get(character) for character in spelled]
+        return None if not codes or None in codes else bytes(code for code in codes if code is not None)
+
     def stream(self, stop: Sequence[str] = ()) -> StopStream:
         """A decoder for tokens that arrive one by one, whose text ends before the first of ``stop``."""
         return StopStream(TextStream(self._tokenizer), stop)
@@ -99,6 +117,19 @@ def _call(function: Callable[..., Any], *arguments: Any, file: Path | None = Non
             details={**({} if file is None else {"file": file}), "reason": f"{type(err).__name__}: {err}"},
             hint=_HINT,
         ) from err
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Character -> byte in the vocabularies of byte-level BPE: printable Latin-1 is itself, the rest follows from U+0100 on.
+
+    Source: https://github.com/openai/gpt-2/blob/master/src/encoder.py (bytes_to_unicode)
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_level_alphabet()
 
 
 def _check_unicode(text: str) -> None:
