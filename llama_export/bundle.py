@@ -654,7 +654,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.replace(temporary, path)
         sync(path.parent)
     except OSError as err:
-        raise write_error(err, path) from err
+        # The staging folder is not what the user named.
+        raise write_error(OSError(err.errno, err.strerror, str(path)), path) from err
 
 
 def write_error(err: OSError, where: Path) -> ToolchainError | ExportError:

@@ -44,7 +44,11 @@ def first_layers(bundle: Bundle, count: int, *, checkpoint: Checkpoint | None = 
         ToolchainError: no space. ExportError: the folder cannot be written to.
     """
     try:
-        with staging_folder(bundle.folder) as folder:  # if this process is killed, a later one removes it
+        with staging_folder(bundle.folder) as staging:  # if this process is killed, a later one removes it
+            # A bundle of its own inside: this process holds the lock of the staging folder, and an engine that is built for
+            # the prefix takes the lock of its bundle.
+            folder = staging / "prefix"
+            folder.mkdir()
             _write(bundle, count, folder)
             if checkpoint is not None:
                 _add_weights(checkpoint, folder)
