@@ -55,13 +55,14 @@ def staging_folder(home: Path) -> Iterator[Path]:
     Raises:
         OSError: ``home`` cannot be written to.
     """
-    with locked(home):
-        _remove_stale(home)
-        staging = home / f".llama-export-{secrets.token_hex(6)}.partial"
-        staging.mkdir()
-        lock = _lock(staging, wait=False)
-    try:
+    staging = home / f".llama-export-{secrets.token_hex(6)}.partial"
+    lock = None
+    try:  # before the folder is made: a signal may arrive at any line
         with undone(lambda: shutil.rmtree(staging, ignore_errors=True)):
+            with locked(home):
+                _remove_stale(home)
+                staging.mkdir()
+                lock = _lock(staging, wait=False)
             yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)

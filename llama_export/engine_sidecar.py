@@ -181,15 +181,13 @@ def read_sidecar(engine_path: Path) -> EngineSidecar:
     return sidecar
 
 
-def _check_texts(data: object, depth: int = 0) -> None:
-    """All texts of a sidecar are names. What steers a terminal, or cannot be printed, is in none.
+def _check_texts(data: object) -> None:
+    """All texts of a sidecar are names, which are printable. JSON that is nested deeply was refused before.
 
     Raises:
-        ValueError: one that is not printable, or a document that is deeper than any sidecar.
+        ValueError: one that is not printable.
     """
-    if depth > 16:
-        raise ValueError("nested deeper than 16 levels")
     if isinstance(data, str) and not data.isprintable():
         raise ValueError(f"the text {data[:100]!r}")
     for item in (*data.keys(), *data.values()) if isinstance(data, dict) else data if isinstance(data, list) else ():
-        _check_texts(item, depth + 1)
+        _check_texts(item)

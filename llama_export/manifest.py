@@ -240,6 +240,12 @@ def read_manifest(folder: Path, *, replacing: str | None = None) -> Manifest:
             details={"file": path},
             hint="export again",
         ) from err
+    except ConfigError as err:  # a model that no checkpoint may have
+        raise ConfigError(
+            f"`{MANIFEST_NAME}` lacks a field or holds a wrong one: {err.message}",
+            details={**err.details, "file": path},
+            hint="export again",
+        ) from err
     return found
 
 

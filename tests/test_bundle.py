@@ -221,7 +221,7 @@ def test_tokenizer_files_come_along_and_others_do_not(make_checkpoint: MakeCheck
     export_checkpoint(checkpoint, tmp_path / "out")
     copied = {path.name for path in (tmp_path / "out").iterdir()} - {*GRAPHS, "manifest.json", WEIGHTS}
     assert copied == {"config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"}
-    assert load_bundle(tmp_path / "out").manifest.eos_token_ids == [2, 9]
+    assert load_bundle(tmp_path / "out").manifest.eos_token_ids == (2, 9)
 
 
 @pytest.mark.parametrize("stop", ["2", [2, "3"], [[2]], {"a": 2}, 2.5, True], ids=repr)
@@ -1288,5 +1288,5 @@ def test_unreadable_file_is_no_bug(
 def test_config_error_is_raised_for_callers_of_the_library_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_bundle(tmp_path)
-    assert caught.value.details == {"missing": "manifest.json"}
+    assert caught.value.details == {"missing": "manifest.json", "got": "an empty folder"}
     assert caught.value.exit_code == 2

@@ -459,7 +459,10 @@ def test_error_with_json_is_a_document_too(tmp_path: Path, capsys: Capture) -> N
     [
         (["run"], "Missing argument 'BUNDLE'"),
         (["run", "b"], "give either --prompt TEXT (or --prompt-file FILE) or --tokens 1,2,3"),
-        (["run", "b", "--prompt", "x", "--tokens", "1"], "give either --prompt TEXT (or --prompt-file FILE) or --tokens 1,2,3"),
+        (
+            ["run", "b", "--prompt", "x", "--tokens", "1"],
+            "give either --prompt TEXT (or --prompt-file FILE) or --tokens 1,2,3",
+        ),
         (["run", "b", "--tokens", "1", "--max-new-tokens", "0"], "0 is not in the range x>=1"),
         (["run", "b", "--tokens", "1", "--max-new-tokens", "many"], "'many' is not a valid integer range"),
         (["run", "b", "--tokens", "1", "--threads", "1000000"], "1000000 is not in the range 1<=x<=4096"),

@@ -14,7 +14,8 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from conftest import MakeCheckpoint, edit_json
@@ -281,7 +282,7 @@ def test_wrong_value_in_the_manifest_is_refused(
         place = place[key]
     place[path[-1]] = value
     (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
-    check_refused(capsys, tmp_path, ["run", bundle, "--tokens", "1", *options], "lacks a field or holds a wrong one")
+    check_refused(capsys, tmp_path, ["run", bundle, "--tokens", "1", *options], "manifest.json")
 
 
 def test_sizes_of_the_config_are_compared_with_ignore_hashes_too(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -396,7 +397,7 @@ def test_engine_of_a_bundle_that_is_exported_meanwhile_is_not_committed(
     def build() -> None:
         with engine_staging(folder / "engines" / "a.engine") as staged:
             staged.write_bytes(b"engine")
-            write_sidecar(staged, {})
+            write_sidecar(staged, cast(Any, SimpleNamespace(to_json=dict)))
             assert main(["export", str(folder), "--force", "--dtype", "float16"]) == 0
             commit_engine(staged, opened)
 

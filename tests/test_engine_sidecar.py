@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from llama_export.bundle import Bundle, json_bytes, load_bundle
 from llama_export.cli import main
 from llama_export.engine_check import check_engine, inspect_engine
 from llama_export.engine_sidecar import read_sidecar
-from llama_export.errors import ArtifactMismatchError, LlamaExportError, ToolchainError
+from llama_export.errors import ArtifactMismatchError, ConfigError, LlamaExportError, ToolchainError
 from llama_export.inspection import describe_engine, print_engine
 from llama_export.refit import refit_engine
 
@@ -60,7 +61,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a hash that is none": ({"onnx_sha256": "0"}, "`$.onnx_sha256`"),
     "a model without sizes": ({"model": {}}, "num_hidden_layers"),
     "an escape sequence": ({"ops": "\x1b[31m"}, "\\x1b[31m"),
-    "half a surrogate pair": ({"task": "\ud800"}, "\\ud800"),
+    "half a surrogate pair": ({"task": "\ud800"}, "a string h"),
     "a missing key": ({"settings": ...}, "`settings`"),
 }
 
@@ -73,7 +74,7 @@ def test_a_wrong_field_is_named(what: str, own: tuple[Bundle, Path], capsys: pyt
     edit_json(path.with_suffix(".json"), **changes)
     assert main(["inspect", str(path)]) == 2
     err = capsys.readouterr().err
-    assert "lacks a field or holds a wrong one" in err
+    assert re.search("lacks a field or holds a wrong one|cannot be read as JSON", err)
     assert message in err
     assert "Traceback" not in err
     assert "\x1b" not in err
@@ -85,7 +86,7 @@ def test_a_deep_document_is_refused(own: tuple[Bundle, Path]) -> None:
     for _ in range(300):
         deep = {"a": deep}
     edit_json(path.with_suffix(".json"), model=deep)
-    with pytest.raises(ArtifactMismatchError, match="16 levels"):
+    with pytest.raises(ConfigError, match="64 levels"):
         read_sidecar(path)
 
 

@@ -486,9 +486,7 @@ def test_a_changed_variant_is_found_and_made_anew(bundle: Path, kind: str, capsy
         command = str(refused.value.hint).partition("llama-export ")[2].split()
         assert main([*command, "--json"]) == 0
         load_bundle(bundle)
-    flipped = bytearray((bundle / data).read_bytes())
-    flipped[5] ^= 1
-    (bundle / data).write_bytes(flipped)
+    (bundle / data).write_bytes(bytes(byte ^ 1 for byte in (bundle / data).read_bytes()))
     with pytest.raises(ArtifactMismatchError, match="sha256"):
         load_bundle(bundle)
     (bundle / data).unlink()
@@ -540,9 +538,6 @@ def test_a_manifest_that_says_something_else_is_refused(bundle: Path, change: di
 @pytest.mark.parametrize("value", [[], 3, None, {"int3": {}}, {"int4": []}, {"int4": {}}], ids=str)
 def test_hostile_entries_are_refused(bundle: Path, value: Any) -> None:
     edit_json(bundle / "manifest.json", quantized=value)
-    if value == []:
-        assert load_bundle(bundle).variants == ()  # nothing is claimed
-        return
     with pytest.raises(ConfigError, match=r"manifest\.json"):
         load_bundle(bundle)
 
