@@ -19,9 +19,11 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 GRACE_SECONDS = 1.0
 """Time that the main thread gets to unwind on its own."""
@@ -109,24 +111,54 @@ def watched() -> Iterator[None]:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    hook, sys.unraisablehook = sys.unraisablehook, _raise_again(sys.unraisablehook)
     watcher = threading.Thread(target=_watch, args=(reader,), name="interrupt-watcher", daemon=True)
     watcher.start()
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         signal.set_wakeup_fd(before)
         writer.close()
         watcher.join()
         reader.close()
 
 
+_repeated = 0
+"""Signals that this process sent to itself: the watcher does not count them."""
+
+
+def _raise_again(hook: Callable[[sys.UnraisableHookArgs], Any]) -> Callable[[sys.UnraisableHookArgs], None]:
+    """A hook for exceptions that Python cannot raise. A destructor or a weak reference's callback loses the exception of a
+    signal: the signal is sent again when it is over."""
+
+    def lost(what: sys.UnraisableHookArgs) -> None:
+        if what.exc_value is None or isinstance(what.exc_value, Exception):
+            hook(what)
+            return
+        number = signal.SIGINT if isinstance(what.exc_value, KeyboardInterrupt) else signal.SIGTERM
+
+        def send() -> None:
+            global _repeated
+            _repeated += 1
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+        threading.Timer(0.02, send).start()
+
+    return lost
+
+
 def _watch(reader: socket.socket) -> None:
     """Waits for signals; ends the process unless :func:`watched` does so first, by closing the other end."""
+    global _repeated
     first: int | None = None
     with contextlib.suppress(TimeoutError):
         while received := reader.recv(1):
             number = received[0]
             if number not in _SIGNALS or (number == signal.SIGINT and _awaits_interrupts):
+                continue
+            if _repeated:
+                _repeated -= 1
                 continue
             if first is not None:
                 break

@@ -215,6 +215,25 @@ def test_a_deferred_signal_is_handled_when_the_block_ends() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_signal_that_a_destructor_loses_is_raised_again(tmp_path: Path) -> None:
+    program = """
+import signal, time
+from llama_export._interrupt import watched
+class Lost:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+with watched():
+    try:
+        Lost()
+        time.sleep(30)
+    except KeyboardInterrupt:
+        print("raised", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "raised\n", "")
+
+
 def test_a_process_that_c_code_holds_is_ended(tmp_path: Path) -> None:
     """The main thread never comes back to Python; what is unfinished is removed all the same."""
     program = """
