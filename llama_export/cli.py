@@ -758,20 +758,33 @@ def verify(bundle: Path, record: bool, as_json: bool) -> None:
 @click.argument("path", type=_PATH)
 @_json_flag
 def inspect(path: Path, as_json: bool) -> None:
-    """Show what a bundle, or an engine file, is made of."""
-    if path.suffix == ".engine":
+    """Show what a bundle, an engine, a folder of engines, a weight file or a report is made of."""
+    if path.suffix == ".engine" or (path.is_dir() and any(path.glob("*.engine"))):
         from llama_export.inspection import describe_engine, print_engine
 
-        data = describe_engine(path)
-        if not as_json:
-            print_engine(data, _console())
-            return
-    else:
-        from llama_export.bundle import load_bundle
+        _show(describe_engine(path), print_engine, as_json)
+    elif path.suffix == ".safetensors":
+        from llama_export.views import describe_weights, print_weights
 
-        opened = load_bundle(path)
-        data = {**opened.manifest.to_json(), "engines": [engine.name for engine in opened.engines]}
-    _print(data, as_json, "\n".join(_lines(data)))
+        _show(describe_weights(path), print_weights, as_json)
+    elif path.name == "parity.json" or (path / "parity.json").is_file():
+        from llama_export.parity.reading import report_from_json
+        from llama_export.parity.report import print_summary
+
+        found = report_from_json(path)
+        _show(found.to_json(), lambda _, console: print_summary(found, console), as_json)
+    else:
+        from llama_export.views import describe_bundle, print_bundle
+
+        _show(describe_bundle(path.parent if path.suffix == ".onnx" else path), print_bundle, as_json)
+
+
+def _show(data: Mapping[str, Any], view: Callable[[Any, Console], None], as_json: bool) -> None:
+    """A document, or its view for a terminal."""
+    if as_json:
+        _print(data, True, "")
+    else:
+        view(data, _console())
 
 
 def _lines(data: Any, prefix: str = "") -> Iterator[str]:

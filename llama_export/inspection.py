@@ -204,6 +204,8 @@ def _print_engines(data: Mapping[str, Any], console: Console) -> None:
     from rich.text import Text
 
     table = Table("engine", "backend", "computes", "serves", "GPUs", "size", box=None)
+    for column in table.columns:
+        column.overflow = "fold"  # a name that is cut is no name
     for engine in data["engines"]:
         if "problem" in engine:
             table.add_row(Text(engine["file"]), Text(f"broken: {engine['problem']}", "red"))

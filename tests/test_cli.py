@@ -23,8 +23,7 @@ from conftest import MakeCheckpoint
 from support import check_refused, trace_once
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from llama_export import __version__, cli, engine
-from llama_export import bundle as bundle_module
+from llama_export import __version__, cli, engine, views
 from llama_export.bundle import Bundle
 from llama_export.cli import main
 from llama_export.engine import EngineResult
@@ -332,17 +331,6 @@ def test_bench_prints_medians(bundle: Path, capsys: Capture) -> None:
     assert captured.err == ""
 
 
-def test_inspect_prints_the_manifest_and_greppable_lines(bundle: Path, capsys: Capture) -> None:
-    assert main(["inspect", str(bundle), "--json"]) == 0
-    data = document(capsys.readouterr().out)
-    assert data == {**json.loads((bundle / "manifest.json").read_text()), "engines": []}
-    assert main(["inspect", str(bundle)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert 'dtype: "float32"' in lines
-    assert 'weights[0].file: "model.safetensors"' in lines
-    assert "model.num_hidden_layers: 2" in lines
-
-
 def test_env_prints_versions(capsys: Capture) -> None:
     assert main(["env", "--json"]) == 0
     data = document(capsys.readouterr().out)
@@ -495,7 +483,7 @@ def test_unexpected_exception_is_exit_4_with_a_traceback(
     def fail(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(bundle_module, "load_bundle", fail)
+    monkeypatch.setattr(views, "load_bundle", fail)
     assert main(["inspect", str(bundle), *(["--json"] if as_json else [])]) == 4
     captured = capsys.readouterr()
     assert "Traceback (most recent call last)" in captured.err
@@ -512,7 +500,7 @@ def test_interrupt_is_exit_130(bundle: Path, capsys: Capture, monkeypatch: pytes
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bundle_module, "load_bundle", interrupt)
+    monkeypatch.setattr(views, "load_bundle", interrupt)
     assert main(["inspect", str(bundle)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
