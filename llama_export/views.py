@@ -69,6 +69,7 @@ def print_bundle(data: Mapping[str, Any], console: Console) -> None:
         f"{model['num_key_value_heads']} key/value heads, head_dim {model['head_dim']}, vocabulary {model['vocab_size']}",
         "context": f"{model['max_position_embeddings']} tokens, RoPE {data['rope']['rope_type']}",
         "KV cache": "none" if cache is None else f"{cache:,} bytes a token",
+        "weights": ", ".join(entry["file"] for entry in data["weights"]) or "inside the graphs",
         "made by": ", ".join(f"{name} {version}" for name, version in data["generator"].items()),
         "quantised": ", ".join(data.get("quantized", {})) or "none: llama-export quantize makes int4 or int8 weights",
         "engines": ", ".join(data["engines"]) or "none: llama-export build makes one",

@@ -136,7 +136,7 @@ _NUMBER = 'a number, "nan", "inf" or "-inf"'
 def _explained(data: Any, message: str) -> _Unexpected:
     """msgspec's message as a place, what stands there and what should: "Expected `int`, got `str` - at `$.stages[0].x`"."""
     said, _, path = message.partition(" - at `$")
-    where, value = _value_at(data, re.findall(r"\.\w+|\[\d+\]|\[\.\.\.\]", path))
+    where, value = _value_at(data, re.findall(r"\.\w+|\[\d+\]|\[\.\.\.\]", path), message)
     if missing := re.search(r"missing required field `(\w+)`", said):
         return _Unexpected(f"{where}.{missing[1]}", ..., "this key")
     if where.endswith(".verdict"):
@@ -149,23 +149,33 @@ def _explained(data: Any, message: str) -> _Unexpected:
     return _Unexpected(where, value, expected)
 
 
-def _value_at(data: Any, steps: list[str]) -> tuple[str, Any]:
-    """The place in words and its value. msgspec names no keys of free objects: ``[...]`` is one of them, which is found by
-    leaving out all others."""
+def _value_at(data: Any, steps: list[str], message: str) -> tuple[str, Any]:
+    """The place in words and its value. msgspec names no keys of free objects: ``[...]`` is the first key that alone gives
+    the same message."""
     where, value = "", data
     for step in steps:
         if step == "[...]":
-            key, everything = next(iter(value)), dict(value)
-            for key in everything:
-                value.clear()
-                value[key] = everything[key]
-                try:
-                    typed(data, ParityReport)
-                except ValueError:
-                    break
-            value.update(everything)
-            step, value = f".{key}", everything[key]
+            key = _first_key(data, value, message)
+            step, value = f".{key}", value[key]
         else:
             value = value[int(step[1:-1])] if step[0] == "[" else value[step[1:]]
         where += step
     return where.removeprefix("."), value
+
+
+def _first_key(data: Any, part: dict[str, Any], message: str) -> str:
+    """The first key of ``part``, an object within ``data``, to which the message belongs."""
+    everything = dict(part)
+    try:
+        for key, value in everything.items():
+            part.clear()
+            part[key] = value
+            try:
+                typed(data, ParityReport)
+            except ValueError as err:
+                if str(err) == message:
+                    return key
+    finally:
+        part.clear()
+        part.update(everything)
+    return next(iter(everything))  # msgspec's message does not depend on the other keys: not reached
