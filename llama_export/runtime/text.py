@@ -34,7 +34,8 @@ class TextCodec:
             raise ConfigError(
                 "`tokenizer.json` is missing",
                 details={"looked in": folder},
-                hint="give token ids instead: --tokens 1,2,3",
+                hint="copy the checkpoint's (where it has a `tokenizer.model` only: transformers' AutoTokenizer.from_pretrained(...)"
+                ".save_pretrained(...) writes it), or give token ids instead: --tokens 1,2,3",
             )
         try:
             raw = read_small(path, MAX_TOKENIZER_BYTES)
