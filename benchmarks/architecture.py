@@ -20,7 +20,7 @@ from typing import Any
 
 from studies import attention, heads, mlp, norms, positions
 
-from llama_export.environment import environment
+from llama_export._system.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "architecture"

@@ -41,9 +41,9 @@ from exporters import not_installed, reason, write_tokenizer
 from processes import in_fresh_process, log, machine
 from random_llama import write_random_checkpoint
 
-from llama_export._process import resident_bytes
-from llama_export.checkpoint import load_checkpoint
-from llama_export.config import LlamaConfig
+from llama_export._system.process import resident_bytes
+from llama_export.checkpoint.checkpoint import load_checkpoint
+from llama_export.config.llama import LlamaConfig
 from llama_export.runtime.bench import cache_bytes, read_bandwidth, step_bytes
 
 SCHEMA_VERSION = 2

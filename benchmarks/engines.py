@@ -19,7 +19,7 @@ import numpy as np
 from exporters import GENAI_BUILDER_NEEDS, export_command, genai_builder_command, version
 from numpy.typing import NDArray
 
-from llama_export.checkpoint import load_checkpoint
+from llama_export.checkpoint.checkpoint import load_checkpoint
 
 BASELINE = "llama_export"
 Logits = NDArray[np.float32]
@@ -117,7 +117,7 @@ class LlamaExportEngine(Engine):
         self.llm.session.settle()  # huge pages are gathered in the background, for longer than the warm-up of a large model
 
     def generate(self, workload: Workload) -> Run:
-        from llama_export.runtime import generate
+        from llama_export.runtime.generation import generate
 
         # Not `llm.complete`: it would find the prompt of the warm-up in the cache and compute its last token only.
         made = generate(self.llm.session, [workload.prompt], max_new_tokens=workload.new_tokens)

@@ -1,4 +1,4 @@
-"""What exports and builds cost, and what ``llama_export.estimate`` says before: the proof of its formulas.
+"""What exports and builds cost, and what ``llama_export.bundle.estimate`` says before: the proof of its formulas.
 
     python benchmarks/estimates.py                  # measures everything (some 9 minutes, 6 GB of disk), and the table
     python benchmarks/estimates.py --only "build 1b"  # some of it; writes no file
@@ -33,12 +33,13 @@ from processes import log, machine
 from published_configs import PUBLISHED
 from random_llama import write_hollow_checkpoint, write_random_checkpoint
 
-from llama_export.bundle import load_bundle, plan_destination
-from llama_export.checkpoint import load_checkpoint, resolve_dtype
-from llama_export.config import EngineConfig, ExportConfig
-from llama_export.conversion import plan_conversion
-from llama_export.environment import environment
-from llama_export.estimate import BuildWork, Estimate, ExportWork, build_work, export_work
+from llama_export._system.environment import environment
+from llama_export.bundle.bundle import load_bundle
+from llama_export.bundle.destination import plan_destination
+from llama_export.bundle.estimate import BuildWork, Estimate, ExportWork, build_work, export_work
+from llama_export.checkpoint.checkpoint import load_checkpoint, resolve_dtype
+from llama_export.config.settings import EngineConfig, ExportConfig
+from llama_export.export.conversion import plan_conversion
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "estimates"

@@ -53,8 +53,9 @@ from processes import Process, log, machine, run_process
 from published_configs import PUBLISHED
 from random_llama import write_hollow_checkpoint, write_random_checkpoint
 
-from llama_export.config import LlamaConfig, config_from_dict
-from llama_export.environment import environment
+from llama_export._system.environment import environment
+from llama_export.config.huggingface import config_from_dict
+from llama_export.config.llama import LlamaConfig
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parents[1]

@@ -37,8 +37,8 @@ from processes import Process, log, machine, run_process
 from published_configs import PUBLISHED
 from random_llama import write_random_checkpoint
 
-from llama_export.config import config_from_dict
-from llama_export.environment import environment
+from llama_export._system.environment import environment
+from llama_export.config.huggingface import config_from_dict
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,8 +83,8 @@ def check_logits(bundle: Path, tokens: list[int]) -> dict[str, Any]:
     """In a process of its own: the logits of the whole sequence in one prefill, against the tokens generated from it."""
     import numpy as np
 
-    from llama_export.bundle import load_bundle
-    from llama_export.runtime.session import OnnxRuntimeSession
+    from llama_export.bundle.bundle import load_bundle
+    from llama_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
     start = time.perf_counter()
     session = OnnxRuntimeSession(load_bundle(bundle), max_seq_len=64)

@@ -31,11 +31,11 @@ from processes import log, machine, run_process
 from published_configs import PUBLISHED
 from random_llama import write_hollow_checkpoint
 
-from llama_export._content import sample_blocks
-from llama_export.bundle import load_bundle, tensor_regions
-from llama_export.checkpoint import read_safetensors_header
-from llama_export.environment import environment
-from llama_export.manifest import MANIFEST_NAME
+from llama_export._system.content import sample_blocks
+from llama_export._system.environment import environment
+from llama_export.bundle.bundle import load_bundle, tensor_regions
+from llama_export.bundle.manifest import MANIFEST_NAME
+from llama_export.checkpoint.safetensors import read_safetensors_header
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parents[1]

@@ -49,14 +49,15 @@ from processes import in_fresh_process, log, machine
 from quantization import DOCUMENT, RESULTS, write_section
 from train_tiny_llama import encode_stream, pack, read_corpus
 
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.export import export_checkpoint
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.export.export import export_checkpoint
+from llama_export.export.quantize import quantize_bundle
+from llama_export.export.rounding import SCHEMES
 from llama_export.model import LlamaForCausalLM, load_reference
 from llama_export.parity.calls import call
-from llama_export.parity.quantized_stages import rounded_weight
 from llama_export.parity.sessions import reference_session
-from llama_export.quantization import SCHEMES, quantize_bundle
-from llama_export.runtime import OnnxRuntimeSession
+from llama_export.parity.stages.quantized import rounded_weight
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
 CHECKPOINT = Path(__file__).parent.parent / "examples" / "tiny-llama"
 PEER_RESULTS = Path(__file__).parent / "results" / "perplexity"
@@ -195,7 +196,7 @@ def _best(w: Tensor, candidates: list[Tensor]) -> Tensor:
 
 
 def ours(size: int) -> Callable[[Tensor], Tensor]:
-    """What :mod:`llama_export.quantization` does."""
+    """What :mod:`llama_export.export.quantize` does."""
 
     def rounding(weight: Tensor) -> Tensor:
         q, scale = rounded_weight(weight, 4, size)

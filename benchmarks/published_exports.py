@@ -21,7 +21,7 @@ from pathlib import Path
 from published_configs import PUBLISHED
 from random_llama import write_hollow_checkpoint
 
-from llama_export.environment import environment
+from llama_export._system.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "published-exports"

@@ -34,12 +34,14 @@ from decode_speed import prepare_checkpoint
 from processes import in_fresh_process, log, machine, measure_process
 from random_llama import write_random_checkpoint
 
-from llama_export.bundle import load_bundle
-from llama_export.config import ExportConfig
-from llama_export.export import export_checkpoint
-from llama_export.quantization import DOMAIN, SCHEMES, Scheme, quantize_bundle
-from llama_export.runtime import OnnxRuntimeSession, generate
-from llama_export.runtime.graph import OpenGraph
+from llama_export.bundle.bundle import load_bundle
+from llama_export.config.settings import ExportConfig
+from llama_export.export.export import export_checkpoint
+from llama_export.export.quantize import DOMAIN, quantize_bundle
+from llama_export.export.rounding import SCHEMES, Scheme
+from llama_export.runtime.generation import generate
+from llama_export.runtime.onnxruntime_graph import OpenGraph
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "quantization.md"
 RESULTS = Path(__file__).parent / "results" / "quantization"

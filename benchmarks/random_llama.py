@@ -17,7 +17,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from llama_export.config import LlamaConfig, config_from_dict, expected_tensors
+from llama_export.config.huggingface import config_from_dict
+from llama_export.config.llama import LlamaConfig, expected_tensors
 
 _STORED = {
     "float32": ("F32", np.dtype(np.float32)),

@@ -25,8 +25,9 @@ import numpy as np
 from processes import in_fresh_process, log, machine
 
 import llama_export
-from llama_export._process import resident_bytes
-from llama_export.runtime import generate, graph
+from llama_export._system.process import resident_bytes
+from llama_export.runtime import onnxruntime_graph as graph
+from llama_export.runtime.generation import generate
 
 PROMPT, NEW_TOKENS, CAPACITY = 512, 64, 1024
 

@@ -27,9 +27,9 @@ from typing import Any
 from processes import log, machine
 
 import llama_export
-from llama_export._process import resident_bytes
+from llama_export._system.process import resident_bytes
 from llama_export.errors import ShapeError
-from llama_export.sampling_params import SamplingParams
+from llama_export.runtime.sampling_params import SamplingParams
 
 MAY_GROW = 4 << 20
 """Bytes."""

@@ -25,9 +25,9 @@ from processes import machine, measure_process
 from published_configs import PUBLISHED
 from random_llama import write_random_checkpoint
 
-from llama_export.config import config_from_dict
-from llama_export.environment import environment
-from llama_export.export import export_checkpoint
+from llama_export._system.environment import environment
+from llama_export.config.huggingface import config_from_dict
+from llama_export.export.export import export_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "validate-scale"

@@ -19,9 +19,9 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from llama_export.api import build_engine, export_checkpoint, load_bundle, quantize_bundle, validate_bundle
-    from llama_export.bundle import Bundle
-    from llama_export.config import EngineConfig, ExportConfig
-    from llama_export.engine import EngineResult
+    from llama_export.bundle.bundle import Bundle
+    from llama_export.config.settings import EngineConfig, ExportConfig
+    from llama_export.engine.build import EngineResult
     from llama_export.errors import (
         ArtifactMismatchError,
         CheckpointError,
@@ -33,16 +33,17 @@ if TYPE_CHECKING:
         ShapeError,
         ToolchainError,
     )
-    from llama_export.export import ExportResult
-    from llama_export.head import HeadModel, load_head
-    from llama_export.llm import LLM, Completion, TextGeneration, load, open_head_session, open_session
+    from llama_export.export.export import ExportResult
+    from llama_export.export.quantize import QuantizeResult
     from llama_export.parity.judge import ValidateConfig
-    from llama_export.parity.result import ParityReport
-    from llama_export.quantization import QuantizeResult
+    from llama_export.parity.report.result import ParityReport
     from llama_export.runtime.generation import TokenEvent
+    from llama_export.runtime.head import HeadModel, load_head
+    from llama_export.runtime.llm import LLM, Completion, TextGeneration, load
+    from llama_export.runtime.opening import open_head_session, open_session
     from llama_export.runtime.protocol import CacheSession, HeadSession
     from llama_export.runtime.sampling import TokenLogprobs
-    from llama_export.sampling_params import SamplingOptions, SamplingParams
+    from llama_export.runtime.sampling_params import SamplingOptions, SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -91,16 +92,17 @@ _ERRORS = (
 _MODULES = {
     **dict.fromkeys(_ERRORS, "errors"),
     **dict.fromkeys(("build_engine", "export_checkpoint", "load_bundle", "quantize_bundle", "validate_bundle"), "api"),
-    **dict.fromkeys(("LLM", "Completion", "TextGeneration", "load", "open_head_session", "open_session"), "llm"),
-    **dict.fromkeys(("HeadModel", "load_head"), "head"),
-    **dict.fromkeys(("SamplingOptions", "SamplingParams"), "sampling_params"),
-    **dict.fromkeys(("EngineConfig", "ExportConfig"), "config"),
+    **dict.fromkeys(("LLM", "Completion", "TextGeneration", "load"), "runtime.llm"),
+    **dict.fromkeys(("open_head_session", "open_session"), "runtime.opening"),
+    **dict.fromkeys(("HeadModel", "load_head"), "runtime.head"),
+    **dict.fromkeys(("SamplingOptions", "SamplingParams"), "runtime.sampling_params"),
+    **dict.fromkeys(("EngineConfig", "ExportConfig"), "config.settings"),
     **dict.fromkeys(("CacheSession", "HeadSession"), "runtime.protocol"),
-    "Bundle": "bundle",
-    "EngineResult": "engine",
-    "ExportResult": "export",
-    "ParityReport": "parity.result",
-    "QuantizeResult": "quantization",
+    "Bundle": "bundle.bundle",
+    "EngineResult": "engine.build",
+    "ExportResult": "export.export",
+    "ParityReport": "parity.report.result",
+    "QuantizeResult": "export.quantize",
     "TokenEvent": "runtime.generation",
     "TokenLogprobs": "runtime.sampling",
     "ValidateConfig": "parity.judge",

@@ -1,5 +1,5 @@
 """``python -m llama_export``"""
 
-from llama_export.cli import entry_point
+from llama_export.cli.main import entry_point
 
 entry_point()

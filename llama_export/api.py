@@ -16,18 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llama_export import bundle as bundles
-from llama_export._arguments import checked_bool, checked_path, checked_text, wrong_argument
-from llama_export.bundle import Bundle
-from llama_export.config import VARIANTS, EngineConfig, ExportConfig
-from llama_export.placement import Progress
+from llama_export.bundle import bundle as bundles
+from llama_export.bundle.bundle import Bundle
+from llama_export.bundle.placement import Progress
+from llama_export.config.checks import checked_bool, checked_path, checked_text, wrong_argument
+from llama_export.config.settings import VARIANTS, EngineConfig, ExportConfig
 
 if TYPE_CHECKING:
-    from llama_export.engine import EngineResult
-    from llama_export.export import ExportResult
+    from llama_export.engine.build import EngineResult
+    from llama_export.export.export import ExportResult
+    from llama_export.export.quantize import QuantizeResult
     from llama_export.parity.judge import ValidateConfig
-    from llama_export.parity.result import ParityReport
-    from llama_export.quantization import QuantizeResult
+    from llama_export.parity.report.result import ParityReport
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def export_checkpoint(
     folder = checked_path(checkpoint, "checkpoint")
     target = None if output is None else checked_path(output, "output")
     settings = _config(config, ExportConfig)
-    from llama_export import export
+    from llama_export.export import export
 
     return export.export_checkpoint(folder, target, settings, log=log, progress=progress)
 
@@ -119,7 +119,7 @@ def quantize_bundle(
     force = checked_bool(force, "force")
     folder = bundle.folder if isinstance(bundle, Bundle) else checked_path(bundle, "bundle")
     opened = bundle if isinstance(bundle, Bundle) else bundles.load_bundle(folder, replacing=kind if force else None)
-    from llama_export import quantization
+    from llama_export.export import quantize as quantization
 
     return quantization.quantize_bundle(opened, kind, force=force, log=log, progress=progress)
 
@@ -149,7 +149,7 @@ def build_engine(
     """
     opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     settings = _config(config, EngineConfig)
-    from llama_export import engine
+    from llama_export.engine import build as engine
 
     return engine.build_engine(opened, settings, log=log, progress=progress)
 
@@ -183,7 +183,7 @@ def validate_bundle(
     settings = _config(config, judge.ValidateConfig)
     if folder is None:
         return validate.validate_bundle(opened, settings, log=log)
-    from llama_export.parity.report import require_plots, write_report
+    from llama_export.parity.report.pages import require_plots, write_report
 
     require_plots()  # before the work
     found = validate.validate_bundle(opened, settings, log=log)

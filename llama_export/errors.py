@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from llama_export._text import printable, shortened
+from llama_export._system.text import printable, shortened
 
 MAX_MESSAGE, MAX_VALUE, MAX_VALUES = 2_000, 8_000, 200
 """Longest sentence or hint, and longest value of a detail, characters; most details. Errors quote files that somebody

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama_export.config import config_from_dict
-from llama_export.export import trace_program
+from llama_export.config.huggingface import config_from_dict
+from llama_export.export.trace import trace_program
 from llama_export.model import load_reference
 from llama_export.model.rope import LlamaRotaryEmbedding
 from llama_export.ops.attention import rotate, split_heads

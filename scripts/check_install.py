@@ -347,7 +347,7 @@ def check_cpu(checks: Checks, clean: Environment, wheel: Path, bundle: Path) -> 
         {key: facts.get(key) for key in wanted} == wanted,
         got={key: facts.get(key) for key in wanted},
         expected=wanted,
-        hint="llama_export/environment.py",
+        hint="llama_export/_system/environment.py",
     )
     return {"install_seconds": seconds, **measured}
 
@@ -370,11 +370,11 @@ def check_plugins(checks: Checks, clean: Environment, wheel: Path) -> dict[str, 
         digest = hashlib.sha256(archive.read(LIBRARY)).hexdigest()
     right = found.get("sha256") == digest and Path(found["path"]).is_relative_to(clean.folder) and bool(found["chips"])
     checks.add(
-        "plugins: `llama_export.plugins.find_library` finds the wheel's library",
+        "plugins: `llama_export.engine.plugins.find_library` finds the wheel's library",
         right,
         got=f"{found['version']} for chips {', '.join(found['chips'])}" if right else found.get("stderr", found),
         expected=f"sha256 {digest}, below {clean.folder}",
-        hint="the versions and ABI of both wheels must belong together: llama_export/plugins.py",
+        hint="the versions and ABI of both wheels must belong together: llama_export/engine/plugins.py",
     )
     facts = clean.command("env")
     checks.add(
@@ -382,7 +382,7 @@ def check_plugins(checks: Checks, clean: Environment, wheel: Path) -> dict[str, 
         facts.get("llama-export-plugins") == wheel.name.split("-")[1],
         got=facts.get("llama-export-plugins"),
         expected=wheel.name.split("-")[1],
-        hint="llama_export/environment.py",
+        hint="llama_export/_system/environment.py",
     )
     return {"install_seconds": seconds, **measured}
 

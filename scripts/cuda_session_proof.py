@@ -34,12 +34,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from llama_export.bundle import Bundle, load_bundle  # noqa: E402
+from llama_export.bundle.bundle import Bundle, load_bundle  # noqa: E402
 from llama_export.errors import LlamaExportError, ToolchainError  # noqa: E402
-from llama_export.runtime import graph as graph_module  # noqa: E402
+from llama_export.runtime import onnxruntime_graph as graph_module  # noqa: E402
 from llama_export.runtime.buffers import ONNX_DTYPES, widened  # noqa: E402
-from llama_export.runtime.graph import open_graph  # noqa: E402
-from llama_export.runtime.session import OnnxRuntimeHeadSession, OnnxRuntimeSession  # noqa: E402
+from llama_export.runtime.onnxruntime_graph import open_graph  # noqa: E402
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeHeadSession, OnnxRuntimeSession  # noqa: E402
 
 SOURCE = Path(__file__).with_name("cuda_stand_in.c")
 ROWS = 2

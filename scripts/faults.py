@@ -3,7 +3,7 @@
     python scripts/faults.py [--models 12] [--healthy 100] [--seed 0] [--write]
 
 Random causal LMs of awkward shape (any grouping, all RoPE types, biases or none, tied or not, float32, bfloat16, float16).
-Each of the first gets every fault of `llama_export/parity/faults.py` that it can have, one at a time, at a random layer, and
+Each of the first gets every fault of `llama_export/parity/faults/faults.py` that it can have, one at a time, at a random layer, and
 is judged by the stages that judge such a fault. The healthy ones go through the stages of `validate` that need no GPU, as
 a user would run them; of the slow kernel stages `enqueue`, which launches the same kernels as `interpreter`, at the model's own
 dtype. --write puts the tables into docs/faults.md and every single result into reports/faults.json.
@@ -49,7 +49,7 @@ def one_thread() -> None:
 
 def random_bundle(folder: Path, seed: int) -> dict[str, Any]:
     """Writes and exports the model of a seed; says what it is."""
-    from llama_export.export import export_checkpoint
+    from llama_export.export.export import export_checkpoint
 
     config, dtype = random_config(np.random.default_rng(seed)), DTYPES[seed % len(DTYPES)]
     write_random_checkpoint(folder, config, dtype=dtype, seed=seed, lively=True)
@@ -65,8 +65,8 @@ def random_bundle(folder: Path, seed: int) -> dict[str, Any]:
 
 def with_faults(seed: int) -> list[dict[str, Any]]:
     """Every fault in one model."""
-    from llama_export.bundle import load_bundle
-    from llama_export.parity.fault_runs import run_faults
+    from llama_export.bundle.bundle import load_bundle
+    from llama_export.parity.faults.fault_runs import run_faults
 
     with tempfile.TemporaryDirectory() as folder:
         model = random_bundle(Path(folder), seed)
@@ -79,7 +79,7 @@ def with_faults(seed: int) -> list[dict[str, Any]]:
 
 def healthy(seed: int) -> dict[str, Any]:
     """All stages over one healthy model: what failed, and how near the others came."""
-    from llama_export.bundle import load_bundle
+    from llama_export.bundle.bundle import load_bundle
     from llama_export.parity.judge import ValidateConfig
     from llama_export.parity.validate import validate_bundle
 
@@ -220,7 +220,7 @@ def main() -> int:
         for name, reason in model["failed"].items():
             print(f"FALSE ALARM: seed {model['seed']}, {name}: {reason}", file=sys.stderr)
     if args.write:
-        from llama_export.environment import environment
+        from llama_export._system.environment import environment
 
         RESULTS.parent.mkdir(exist_ok=True)
         data = {

@@ -150,7 +150,7 @@ def graph_part(rehearse: bool) -> dict[str, Any]:
 
 def engine_part() -> dict[str, Any]:
     """A plugin engine of tiny-llama built and executed, where this card can run one."""
-    from llama_export.engine_session import execution_blocker
+    from llama_export.runtime.engine_session import execution_blocker
 
     if (blocker := execution_blocker("tensorrt-rtx")) is not None:
         return {"name": "engine", "verdict": "not-run", "reason": blocker}

@@ -45,8 +45,8 @@ import escape_fields  # noqa: E402
 import mutations  # noqa: E402
 from random_llama import write_random_checkpoint  # noqa: E402
 
-from llama_export._text import printable  # noqa: E402
-from llama_export.cli import main as command_line  # noqa: E402
+from llama_export._system.text import printable  # noqa: E402
+from llama_export.cli.main import main as command_line  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "security.md"
 BEGIN, END = "<!-- mutate:begin -->", "<!-- mutate:end -->"
@@ -197,7 +197,7 @@ def _shard(source: Path, target: Path) -> None:
 
 def _write_reports(folder: Path) -> None:
     """Two reports of one model that use every key."""
-    from llama_export.parity.result import (
+    from llama_export.parity.report.result import (
         LogitsSample,
         ParityReport,
         Stage,
@@ -237,7 +237,7 @@ def _write_case(folder: Path) -> None:
     import torch
     from onnx import helper
 
-    from llama_export.parity.case import Case, Segment, save_case, segment_model
+    from llama_export.parity.locate.case import Case, Segment, save_case, segment_model
 
     weights = folder.with_name("case_weights")
     weights.mkdir()
@@ -261,13 +261,13 @@ def _write_case(folder: Path) -> None:
 
 def share_one_trace(checkpoint: Path) -> None:
     """Replaces tracing and checking, most of an export's time, by the graph of the undamaged checkpoint."""
-    from llama_export import export
+    from llama_export.export import export, trace
 
     opened = export.load_checkpoint(checkpoint)
-    graph = export.graph_from_program(export.trace_program(opened.config, "float32"), opened.config, "causal-lm")
+    graph = trace.graph_from_program(trace.trace_program(opened.config, "float32"), opened.config, "causal-lm")
     protos = {target: export.model_proto(graph, opened, "float32", target) for target in ("standard", "onnxruntime")}  # type: ignore[arg-type]
-    export.trace_program = lambda *_: None  # type: ignore[assignment, return-value]
-    export.graph_from_program = lambda *_: graph  # type: ignore[assignment]
+    trace.trace_program = lambda *_: None  # type: ignore[assignment, return-value]
+    trace.graph_from_program = lambda *_: graph  # type: ignore[assignment]
     export.model_proto = lambda _graph, _opened, _dtype, target: protos[target]
     export.check_model = lambda _: None
 
@@ -495,16 +495,6 @@ def import_everything() -> None:
     import onnxruntime  # noqa: F401
     import tokenizers  # noqa: F401
     import torch
-
-    import llama_export.engine
-    import llama_export.inspection
-    import llama_export.llm
-    import llama_export.parity.case
-    import llama_export.parity.diff
-    import llama_export.parity.reading
-    import llama_export.parity.report
-    import llama_export.refit
-    import llama_export.terminal_chat  # noqa: F401
 
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 import transformers
 
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.checkpoint import load_checkpoint
-from llama_export.config import TASKS
-from llama_export.export import export_checkpoint
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.checkpoint.checkpoint import load_checkpoint
+from llama_export.config.llama import TASKS
+from llama_export.export.export import export_checkpoint
 from llama_export.model import LlamaForCausalLM, load_reference
 from llama_export.parity.sessions import reference_session
-from llama_export.runtime import OnnxRuntimeHeadSession, OnnxRuntimeSession
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeHeadSession, OnnxRuntimeSession
 
 LIMIT = 2e-5
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "onnx.md"

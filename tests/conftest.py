@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from random_llama import write_random_checkpoint
 
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.config import EngineConfig, ExportConfig
-from llama_export.engine import build_engine
-from llama_export.export import export_checkpoint
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.config.settings import EngineConfig, ExportConfig
+from llama_export.engine.build import build_engine
+from llama_export.export.export import export_checkpoint
 
 # Awkward on purpose: G < H, H * D != hidden, nothing a power of two but D, vocabulary odd.
 TINY: dict[str, Any] = {

@@ -21,10 +21,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from llama_export import _commit, engine, export
-from llama_export.bundle import load_bundle
-from llama_export.cli import main
+from llama_export._system import commit as _commit
+from llama_export.bundle.bundle import load_bundle
+from llama_export.cli.main import main
+from llama_export.engine import build as engine
 from llama_export.errors import LlamaExportError
+from llama_export.export import export, trace
 
 ORIGINALS = {
     name: getattr(export, name) for name in ("trace_program", "graph_from_program", "model_proto", "check_model")
@@ -272,7 +274,7 @@ def polite_signals(checkpoint: Path, scratch: Path) -> list[dict[str, Any]]:
 def share_one_trace(checkpoint: Path) -> None:
     """Tracing and checking are most of an export's time, and not what is tested here."""
     config = export.load_checkpoint(checkpoint).config
-    graph = export.graph_from_program(export.trace_program(config, "float32"), config, "causal-lm")
+    graph = trace.graph_from_program(trace.trace_program(config, "float32"), config, "causal-lm")
     protos: dict[str, Any] = {}
     make = export.model_proto
 
@@ -281,8 +283,8 @@ def share_one_trace(checkpoint: Path) -> None:
             protos[target] = make(graph, opened, dtype, target)
         return protos[target]
 
-    export.trace_program = lambda *_: None  # type: ignore[assignment, return-value]
-    export.graph_from_program = lambda *_: graph  # type: ignore[assignment]
+    trace.trace_program = lambda *_: None  # type: ignore[assignment, return-value]
+    trace.graph_from_program = lambda *_: graph  # type: ignore[assignment]
     export.model_proto = model_proto
     export.check_model = lambda proto: None
     opened = export.load_checkpoint(checkpoint)

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llama_export import _tensorrt, engine_session
-from llama_export.bundle import Bundle
-from llama_export.engine_check import inspect_engine
-from llama_export.engine_sidecar import EngineSidecar
-from llama_export.engine_spec import weight_io
-from llama_export.engine_weights import bundle_tensors, make_weights_inputs
+from llama_export.bundle.bundle import Bundle
+from llama_export.engine import tensorrt as _tensorrt
+from llama_export.engine.check import inspect_engine
+from llama_export.engine.sidecar import EngineSidecar
+from llama_export.engine.spec import weight_io
+from llama_export.engine.weights import bundle_tensors, make_weights_inputs
+from llama_export.runtime import loaded_engine
 
 
 class FakeDriver:
@@ -196,13 +197,13 @@ def put_on_gpu(monkeypatch: pytest.MonkeyPatch, trt: Any, bundle: Bundle, path: 
     fake = FakeEngine(bundle, inspect_engine(path))
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: fake if data == path.read_bytes() else None)
     module = SimpleNamespace(ILogger=trt.ILogger, Runtime=lambda log: runtime, __version__=trt.__version__)
-    monkeypatch.setattr(engine_session, "load_backend", lambda backend: module)
+    monkeypatch.setattr(loaded_engine, "load_backend", lambda backend: module)
 
     def load_cuda_runtime(backend: str) -> FakeCuda:
         fake.cuda = FakeCuda()
         return fake.cuda
 
-    monkeypatch.setattr(engine_session, "load_cuda_runtime", load_cuda_runtime)
-    monkeypatch.setattr(engine_session, "execution_blocker", lambda backend: None)
+    monkeypatch.setattr(loaded_engine, "load_cuda_runtime", load_cuda_runtime)
+    monkeypatch.setattr(loaded_engine, "execution_blocker", lambda backend: None)
     monkeypatch.setattr(_tensorrt, "_load_driver", lambda: FakeDriver(8, 9))
     return fake

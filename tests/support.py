@@ -18,9 +18,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from llama_export import export
-from llama_export.cli import main
+from llama_export.cli.main import main
 from llama_export.errors import LlamaExportError
+from llama_export.export import trace
 
 T = TypeVar("T")
 Snapshot = dict[str, tuple[object, ...]]
@@ -82,12 +82,12 @@ def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
             _graphs[program] = _graph_from_program(_trace_program(*program), config, task)
         return _graphs[program]
 
-    monkeypatch.setattr(export, "trace_program", lambda *arguments: arguments)
-    monkeypatch.setattr(export, "graph_from_program", graph_from_program)
+    monkeypatch.setattr(trace, "trace_program", lambda *arguments: arguments)
+    monkeypatch.setattr(trace, "graph_from_program", graph_from_program)
 
 
 _graphs: dict[Any, Any] = {}
-_trace_program, _graph_from_program = export.trace_program, export.graph_from_program
+_trace_program, _graph_from_program = trace.trace_program, trace.graph_from_program
 
 
 def make_special(path: Path, kind: str) -> None:

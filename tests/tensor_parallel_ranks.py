@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llama_export.checkpoint import load_checkpoint
+from llama_export.checkpoint.checkpoint import load_checkpoint
 from llama_export.model import LlamaForCausalLM, LlamaForTokenClassification, load_reference, tensor_parallel
 
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6], [5, 35, 8, 0, 0, 0]])

@@ -16,7 +16,7 @@ import torch
 from studies import attention, heads, norms, positions
 from studies.tiny_llama import CHECKPOINT, small_config
 
-from llama_export.checkpoint import load_checkpoint
+from llama_export.checkpoint.checkpoint import load_checkpoint
 from llama_export.model import LlamaForCausalLM, load_reference
 from llama_export.model.decoder import LlamaDecoderLayer
 

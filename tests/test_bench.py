@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from llama_export.bundle import Bundle
-from llama_export.runtime import OnnxRuntimeSession
+from llama_export.bundle.bundle import Bundle
 from llama_export.runtime.bench import BenchResult, Spread, _percentile, bench_bundle, print_bench, read_bandwidth
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
 
 class Slow(OnnxRuntimeSession):

@@ -40,13 +40,16 @@ from support import (
     write_safetensors,
 )
 
-from llama_export import _commit, placement
-from llama_export import bundle as bundle_module
-from llama_export._commit import staging_folder
-from llama_export._content import sha256_of_file
-from llama_export.bundle import Bundle, load_bundle, write_atomically
-from llama_export.checkpoint import TensorEntry, load_checkpoint
-from llama_export.config import ExportConfig
+from llama_export._system import commit as _commit
+from llama_export._system.commit import staging_folder
+from llama_export._system.content import sha256_of_file
+from llama_export.bundle import bundle as bundle_module
+from llama_export.bundle import placement
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.bundle.destination import write_atomically
+from llama_export.checkpoint.checkpoint import load_checkpoint
+from llama_export.checkpoint.safetensors import TensorEntry
+from llama_export.config.settings import ExportConfig
 from llama_export.errors import (
     ArtifactMismatchError,
     CheckpointError,
@@ -55,9 +58,10 @@ from llama_export.errors import (
     LlamaExportError,
     ToolchainError,
 )
-from llama_export.export import export_checkpoint
+from llama_export.export.export import export_checkpoint
 from llama_export.model.loading import read_tensor
-from llama_export.runtime import OnnxRuntimeSession, generate
+from llama_export.runtime.generation import generate
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
 Capture = pytest.CaptureFixture[str]
 WEIGHTS = "model.safetensors"
@@ -873,7 +877,7 @@ def test_export_removes_what_dead_processes_left_and_nothing_else(tiny_checkpoin
     for name in others:
         (tmp_path / name).mkdir()
     program = (
-        "import sys; from pathlib import Path; from llama_export._commit import staging_folder\n"
+        "import sys; from pathlib import Path; from llama_export._system.commit import staging_folder\n"
         "with staging_folder(Path(sys.argv[1])) as folder: print(folder.name, flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]

@@ -19,9 +19,9 @@ from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from llama_export.bundle import Bundle
+from llama_export.bundle.bundle import Bundle
 from llama_export.errors import ConfigError, ToolchainError
-from llama_export.export import export_checkpoint
+from llama_export.export.export import export_checkpoint
 from llama_export.runtime import chat_template
 from llama_export.runtime.chat_template import ChatTemplate
 

@@ -35,9 +35,11 @@ from support import (
     write_tensors,
 )
 
-from llama_export.checkpoint import load_checkpoint, read_safetensors_header, resolve_dtype
-from llama_export.cli import main
-from llama_export.config import expected_tensors, load_config
+from llama_export.checkpoint.checkpoint import load_checkpoint, resolve_dtype
+from llama_export.checkpoint.safetensors import read_safetensors_header
+from llama_export.cli.main import main
+from llama_export.config.huggingface import load_config
+from llama_export.config.llama import expected_tensors
 from llama_export.errors import CheckpointError, ConfigError
 
 Capture = pytest.CaptureFixture[str]

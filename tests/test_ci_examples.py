@@ -15,9 +15,9 @@ import pytest
 import yaml
 from test_report import REPORTS, a_report, a_stage
 
-from llama_export.cli import cli
-from llama_export.parity.report import write_report
-from llama_export.parity.result import ParityReport
+from llama_export.cli.main import cli
+from llama_export.parity.report.pages import write_report
+from llama_export.parity.report.result import ParityReport
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "ci"
 
@@ -64,8 +64,8 @@ def test_every_command_line_is_one_that_the_program_takes(service: str) -> None:
 
 @pytest.mark.parametrize("service", VARIABLES)
 def test_what_is_named_exists(service: str) -> None:
-    from llama_export.parity.result import matches
-    from llama_export.parity.stages import STAGES
+    from llama_export.parity.report.result import matches
+    from llama_export.parity.stages.causal import STAGES
 
     assert (EXAMPLES.parent.parent / VARIABLES[service]["CHECKPOINT"] / "config.json").is_file()
     for name in VARIABLES[service]["REQUIRE"].split(","):

@@ -23,13 +23,16 @@ from conftest import MakeCheckpoint
 from support import check_refused, trace_once
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from llama_export import __version__, cli, engine, views
-from llama_export.bundle import Bundle
-from llama_export.cli import main
-from llama_export.engine import EngineResult
-from llama_export.export import ExportResult
+from llama_export import __version__
+from llama_export.bundle.bundle import Bundle
+from llama_export.cli import views
+from llama_export.cli.console import progress_bar
+from llama_export.cli.main import main
+from llama_export.engine import build as engine
+from llama_export.engine.build import EngineResult
+from llama_export.export.export import ExportResult
 from llama_export.parity import validate
-from llama_export.parity.result import ParityReport, Stage
+from llama_export.parity.report.result import ParityReport, Stage
 
 Capture = pytest.CaptureFixture[str]
 COMMANDS = (
@@ -107,7 +110,7 @@ class Blocker(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Blocker())
 import contextlib, io
-from llama_export.cli import main
+from llama_export.cli.main import main
 found = []
 for argv in runs:
     del asked[:]
@@ -576,11 +579,11 @@ def test_nothing_is_coloured_where_nobody_sees_it(argv: list[str]) -> None:
 
 
 def test_progress_is_shown_on_a_terminal_only(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    with cli._progress("bytes") as update:
+    with progress_bar("bytes") as update:
         update("model.safetensors", 5, 10)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with cli._progress("bytes") as update:
+    with progress_bar("bytes") as update:
         update("model.safetensors", 5, 10)
         update("model.safetensors", 10, 10)
     captured = capsys.readouterr()

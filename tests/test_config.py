@@ -15,27 +15,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import check_export_refused, patient
 
-from llama_export.checkpoint import load_checkpoint
-from llama_export.cli import main
-from llama_export.config import (
-    _FOREIGN_KEYS,
-    _HARMLESS_KEYS,
-    _READ_KEYS,
+from llama_export.checkpoint.checkpoint import load_checkpoint
+from llama_export.cli.main import main
+from llama_export.config.huggingface import config_from_dict, load_config, resolve_task
+from llama_export.config.keys import FOREIGN_KEYS, HARMLESS_KEYS, READ_KEYS
+from llama_export.config.llama import (
     ACTIVATIONS,
-    CUSTOM_OPS,
     SUPPORTED_ROPE_TYPES,
     TASKS,
-    EngineConfig,
-    ExportConfig,
     LlamaConfig,
     RopeConfig,
     Task,
-    config_from_dict,
     count_parameters,
     expected_tensors,
-    load_config,
-    resolve_task,
 )
+from llama_export.config.settings import CUSTOM_OPS, EngineConfig, ExportConfig
 from llama_export.errors import ConfigError
 from llama_export.model import mlp
 
@@ -542,26 +536,26 @@ def test_harmless_keys_change_nothing_and_each_has_a_reason() -> None:
         "_name_or_path": "x", "label2id": {"A": 0}, "initializer_range": 0.1, "temperature": 0.7,
     }  # fmt: skip
     assert config_from_dict({**BASE, **extra}) == config_from_dict(BASE)
-    assert config_from_dict({**BASE, **dict.fromkeys(_HARMLESS_KEYS, 1)}) == config_from_dict(BASE)
-    assert all(len(reason) > 20 for reason in _HARMLESS_KEYS.values())
+    assert config_from_dict({**BASE, **dict.fromkeys(HARMLESS_KEYS, 1)}) == config_from_dict(BASE)
+    assert all(len(reason) > 20 for reason in HARMLESS_KEYS.values())
 
 
 def test_no_key_is_in_two_tables() -> None:
-    assert not set(_HARMLESS_KEYS) & _READ_KEYS
-    assert not set(_FOREIGN_KEYS) & _READ_KEYS
-    assert not set(_FOREIGN_KEYS) & set(_HARMLESS_KEYS)
+    assert not set(HARMLESS_KEYS) & READ_KEYS
+    assert not set(FOREIGN_KEYS) & READ_KEYS
+    assert not set(FOREIGN_KEYS) & set(HARMLESS_KEYS)
 
 
 def test_every_key_that_transformers_writes_is_known() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(**TINY)
-    assert set(config.to_dict()) <= _READ_KEYS | set(_HARMLESS_KEYS)
-    assert {field.name for field in dataclasses.fields(config)} <= _READ_KEYS | set(_HARMLESS_KEYS)
+    assert set(config.to_dict()) <= READ_KEYS | set(HARMLESS_KEYS)
+    assert {field.name for field in dataclasses.fields(config)} <= READ_KEYS | set(HARMLESS_KEYS)
 
 
-@pytest.mark.parametrize("key", sorted(_FOREIGN_KEYS))
+@pytest.mark.parametrize("key", sorted(FOREIGN_KEYS))
 def test_key_of_another_family_is_refused_with_what_it_does_there(key: str) -> None:
-    neutral, reason = _FOREIGN_KEYS[key]
+    neutral, reason = FOREIGN_KEYS[key]
     for value in (*neutral, None):
         assert config_from_dict({**BASE, key: value}) == config_from_dict(BASE)
     for value in (0.5, "yes", [3], True if True not in neutral else False):
@@ -598,7 +592,7 @@ JSON_VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.sampl
 ROPE_KEYS = sorted({"type", *(field.name for field in dataclasses.fields(RopeConfig))})
 ROPE_VALUES = JSON_VALUES | st.sampled_from([2.0, 64, *SUPPORTED_ROPE_TYPES]) | st.just([1.5] * 8)
 ROPE_OBJECTS = st.dictionaries(st.sampled_from(ROPE_KEYS), ROPE_VALUES, max_size=6)
-KEYS = sorted(_READ_KEYS)
+KEYS = sorted(READ_KEYS)
 
 
 @patient

@@ -23,16 +23,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import check_refused, patient, read_safetensors, snapshot, write_tensors
 
-from llama_export import quantization
-from llama_export._content import BLOCK, STRIDE, sample_blocks, sample_sha256, sha256_of_file
-from llama_export.bundle import Bundle, load_bundle, tensor_regions
-from llama_export.checkpoint import read_safetensors_header
-from llama_export.cli import main
-from llama_export.engine import commit_engine, engine_staging, write_sidecar
+from llama_export._system.content import BLOCK, STRIDE, sample_blocks, sample_sha256, sha256_of_file
+from llama_export.bundle.bundle import Bundle, load_bundle, tensor_regions
+from llama_export.bundle.manifest import MANIFEST_NAME, read_manifest
+from llama_export.checkpoint.safetensors import read_safetensors_header
+from llama_export.cli.main import main
+from llama_export.engine.build import commit_engine, engine_staging, write_sidecar
 from llama_export.errors import ArtifactMismatchError, ConfigError
-from llama_export.manifest import MANIFEST_NAME, read_manifest
-from llama_export.parity.case import remove_cases
-from llama_export.quantization import quantize_bundle
+from llama_export.export import quantize as quantization
+from llama_export.export.quantize import quantize_bundle
+from llama_export.parity.locate.case import remove_cases
 
 WEIGHTS = "model.safetensors"
 Capture = pytest.CaptureFixture[str]

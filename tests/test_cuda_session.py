@@ -14,12 +14,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llama_export.bundle import Bundle
+from llama_export.bundle.bundle import Bundle
 from llama_export.errors import ConfigError, ShapeError, ToolchainError
-from llama_export.runtime import OnnxRuntimeHeadSession, OnnxRuntimeSession
-from llama_export.runtime import graph as graph_module
-from llama_export.runtime import session as session_module
+from llama_export.runtime import onnxruntime_graph as graph_module
+from llama_export.runtime import onnxruntime_session as session_module
 from llama_export.runtime.buffers import widened as widened_bytes
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeHeadSession, OnnxRuntimeSession
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -23,11 +23,15 @@ from conftest import NATIVE
 from gpu_stand_ins import FakeDriver
 from onnx import helper
 
-from llama_export import _tensorrt, engine, engine_network, engine_spec
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.config import DTYPES, EngineConfig
-from llama_export.engine import build_engine
-from llama_export.engine_check import check_engine, inspect_engine
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.config.llama import DTYPES
+from llama_export.config.settings import EngineConfig
+from llama_export.engine import build as engine
+from llama_export.engine import network as engine_network
+from llama_export.engine import spec as engine_spec
+from llama_export.engine import tensorrt as _tensorrt
+from llama_export.engine.build import build_engine
+from llama_export.engine.check import check_engine, inspect_engine
 from llama_export.errors import (
     ArtifactMismatchError,
     ConfigError,
@@ -162,9 +166,7 @@ def test_missing_backends_name_their_extra(bundle: Bundle, monkeypatch: pytest.M
 
 
 def test_engine_module_needs_neither_torch_nor_the_op_table() -> None:
-    code = (
-        "import sys, llama_export.engine; print([m for m in ('torch', 'onnx', 'llama_export.ops') if m in sys.modules])"
-    )
+    code = "import sys, llama_export.engine.build; print([m for m in ('torch', 'onnx', 'llama_export.ops') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

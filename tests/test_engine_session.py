@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from gpu_stand_ins import FakeDriver, FakeEngine, put_on_gpu
 
-from llama_export import _tensorrt
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.cli import main
-from llama_export.config import TASKS, EngineConfig
-from llama_export.engine import build_engine
-from llama_export.engine_session import EngineHeadSession, EngineSession, execution_blocker
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.cli.main import main
+from llama_export.config.llama import TASKS
+from llama_export.config.settings import EngineConfig
+from llama_export.engine import tensorrt as _tensorrt
+from llama_export.engine.build import build_engine
 from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError, ToolchainError
-from llama_export.export import export_checkpoint
-from llama_export.runtime.session import OnnxRuntimeHeadSession, OnnxRuntimeSession
+from llama_export.export.export import export_checkpoint
+from llama_export.runtime.engine_session import EngineHeadSession, EngineSession, execution_blocker
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeHeadSession, OnnxRuntimeSession
 
 trt = pytest.importorskip("tensorrt_rtx_bindings")
 

@@ -19,14 +19,15 @@ from conftest import edit_json
 from rich.console import Console
 from support import json_paths, make_special, refused_or, with_json_at
 
-from llama_export import engine_session
-from llama_export.bundle import Bundle, json_bytes, load_bundle
-from llama_export.cli import main
-from llama_export.engine_check import check_engine, inspect_engine
-from llama_export.engine_sidecar import read_sidecar
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.bundle.destination import json_bytes
+from llama_export.cli.main import main
+from llama_export.engine.check import check_engine, inspect_engine
+from llama_export.engine.inspection import describe_engine, print_engine
+from llama_export.engine.refit import refit_engine
+from llama_export.engine.sidecar import read_sidecar
 from llama_export.errors import ArtifactMismatchError, ConfigError, LlamaExportError, ToolchainError
-from llama_export.inspection import describe_engine, print_engine
-from llama_export.refit import refit_engine
+from llama_export.runtime import loaded_engine
 
 pytest.importorskip("tensorrt_rtx_bindings")
 
@@ -218,9 +219,9 @@ def test_a_terabyte_of_holes_is_not_read(own: tuple[Bundle, Path]) -> None:
 
 def test_an_engine_larger_than_memory_is_not_read(own: tuple[Bundle, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     _, path = own
-    monkeypatch.setattr(engine_session, "available_memory", lambda: 1000)
+    monkeypatch.setattr(loaded_engine, "available_memory", lambda: 1000)
     with pytest.raises(ToolchainError, match="does not fit into this machine's memory"):
-        engine_session._content(path, inspect_engine(path))
+        loaded_engine._content(path, inspect_engine(path))
 
 
 # ---- a folder of engines ----------------------------------------------------------------------------------------

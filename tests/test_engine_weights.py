@@ -17,19 +17,22 @@ from gpu_stand_ins import FakeDriver, FakeEngine, put_on_gpu
 from random_llama import write_random_checkpoint
 from support import snapshot, split_in_shards
 
-from llama_export import _plan, _tensorrt, engine_session, engine_spec
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.cli import main
-from llama_export.config import EngineConfig, ExportConfig
-from llama_export.engine import build_engine
-from llama_export.engine_check import check_engine, inspect_engine
-from llama_export.engine_session import EngineSession
-from llama_export.engine_spec import rebuild_command
-from llama_export.engine_weights import bundle_tensors, make_weights_inputs
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.cli.main import main
+from llama_export.config.settings import EngineConfig, ExportConfig
+from llama_export.engine import plan as _plan
+from llama_export.engine import spec as engine_spec
+from llama_export.engine import tensorrt as _tensorrt
+from llama_export.engine.build import build_engine
+from llama_export.engine.check import check_engine, inspect_engine
+from llama_export.engine.refit import refit_engine
+from llama_export.engine.spec import rebuild_command
+from llama_export.engine.weights import bundle_tensors, make_weights_inputs
 from llama_export.errors import ArtifactMismatchError, ConfigError, EngineBuildError, ToolchainError
-from llama_export.export import export_checkpoint
-from llama_export.refit import refit_engine
-from llama_export.runtime.session import OnnxRuntimeSession
+from llama_export.export.export import export_checkpoint
+from llama_export.runtime import loaded_engine
+from llama_export.runtime.engine_session import EngineSession
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
 trt = pytest.importorskip("tensorrt_rtx_bindings")
 
@@ -324,7 +327,7 @@ def test_machine_that_is_not_the_engine_s_is_refused_with_both_sides_and_the_com
     driver, version, said = MACHINES[name]
     monkeypatch.setattr(_tensorrt, "_load_driver", lambda: driver)
     with pytest.raises(ArtifactMismatchError, match="not built for this machine") as caught:
-        engine_session.check_machine(check_engine(bundle, path).sidecar, version, path, bundle)
+        loaded_engine.check_machine(check_engine(bundle, path).sidecar, version, path, bundle)
     assert set(caught.value.details) == {"engine", said}
     assert "got" in caught.value.details[said]
     assert "engine" in caught.value.details[said]
@@ -339,7 +342,7 @@ def test_the_engine_s_machines_are_accepted(
 ) -> None:
     bundle, path = original
     monkeypatch.setattr(_tensorrt, "_load_driver", lambda: driver)
-    engine_session.check_machine(check_engine(bundle, path).sidecar, trt.__version__, path, bundle)
+    loaded_engine.check_machine(check_engine(bundle, path).sidecar, trt.__version__, path, bundle)
 
 
 def test_engine_for_named_gpus_runs_on_those_alone(
@@ -356,10 +359,10 @@ def test_engine_for_named_gpus_runs_on_those_alone(
     for major, minor, fits in ((8, 9, True), (12, 0, True), (8, 6, False), (12, 1, False)):
         monkeypatch.setattr(_tensorrt, "_load_driver", lambda gpu=(major, minor): FakeDriver(*gpu))
         if fits:
-            engine_session.check_machine(facts, trt.__version__, path, bundle)
+            loaded_engine.check_machine(facts, trt.__version__, path, bundle)
         else:
             with pytest.raises(ArtifactMismatchError, match=f"{major}.{minor}"):
-                engine_session.check_machine(facts, trt.__version__, path, bundle)
+                loaded_engine.check_machine(facts, trt.__version__, path, bundle)
 
 
 def test_version_compatible_engine_takes_later_versions_of_its_major(original: tuple[Bundle, Path]) -> None:
@@ -369,7 +372,7 @@ def test_version_compatible_engine_takes_later_versions_of_its_major(original: t
     accepted = [
         version
         for version in (built, "1.7.2.5", "1.9.0.0", "1.6.9.0", "2.0.0.0")
-        if engine_session._loads(later, version)
+        if loaded_engine._loads(later, version)
     ]
     assert accepted == [built, "1.7.2.5", "1.9.0.0"]
 

@@ -18,16 +18,11 @@ from published_configs import PUBLISHED
 from random_llama import write_hollow_checkpoint
 from support import check_refused, trace_once
 
-from llama_export import bundle as bundle_module
-from llama_export import engine, estimate, placement
-from llama_export import export as export_module
-from llama_export.bundle import Bundle, plan_destination
-from llama_export.checkpoint import load_checkpoint
-from llama_export.cli import main
-from llama_export.config import EngineConfig, ExportConfig, WeightsMode
-from llama_export.engine import build_engine
-from llama_export.errors import ToolchainError
-from llama_export.estimate import (
+from llama_export.bundle import bundle as bundle_module
+from llama_export.bundle import estimate, placement
+from llama_export.bundle.bundle import Bundle
+from llama_export.bundle.destination import plan_destination
+from llama_export.bundle.estimate import (
     BuildWork,
     ExportWork,
     available_memory,
@@ -37,9 +32,16 @@ from llama_export.estimate import (
     export_work,
     free_disk,
 )
-from llama_export.export import export_checkpoint
-from llama_export.graph_io import INTERFACES
-from llama_export.manifest import GRAPHS, CacheRecord, GraphRecord, IoRecord, Manifest, WeightRecord
+from llama_export.bundle.manifest import GRAPHS, CacheRecord, GraphRecord, IoRecord, Manifest, WeightRecord
+from llama_export.checkpoint.checkpoint import load_checkpoint
+from llama_export.cli.main import main
+from llama_export.config.settings import EngineConfig, ExportConfig, WeightsMode
+from llama_export.engine import build as engine
+from llama_export.engine.build import build_engine
+from llama_export.errors import ToolchainError
+from llama_export.export import trace
+from llama_export.export.export import export_checkpoint
+from llama_export.graph.io import INTERFACES
 
 Capture = pytest.CaptureFixture[str]
 ROWS: list[dict[str, Any]] = json.loads(estimates.newest().read_text(encoding="utf-8"))["rows"]
@@ -334,7 +336,7 @@ def test_export_without_the_memory_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     command = ["export", make_checkpoint(), *(["-o", tmp_path / "new" / "out"] if output else [])]
-    monkeypatch.setattr(export_module, "trace_program", lambda *_: pytest.fail("traced"))
+    monkeypatch.setattr(trace, "trace_program", lambda *_: pytest.fail("traced"))
     memory.available = 100_000_000
     check_refused(
         capsys, tmp_path, command, "this export needs about 0.3 GB of memory", "0.1 GB available", "--ignore-estimate",

@@ -16,14 +16,14 @@ import torch
 from conftest import TINY
 from onnxruntime_operators import reference_evaluator
 
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.config import ExportConfig
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.config.settings import ExportConfig
 from llama_export.errors import ExportError
-from llama_export.export import export_checkpoint
+from llama_export.export.export import export_checkpoint
 from llama_export.model import load_reference
 from llama_export.ops import OP_SPECS
 from llama_export.ops.attention import attention_eager
-from llama_export.parity.evaluator import GraphEvaluator
+from llama_export.parity.oracle.evaluator import GraphEvaluator
 from llama_export.parity.sessions import TorchSession, evaluator_session, reference_session
 
 LLAMA3 = {
@@ -531,7 +531,7 @@ def test_a_mapping_that_lacks_an_op_is_an_error(default: Exported) -> None:
 def test_weights_beyond_the_budget_are_read_again_with_the_same_result(
     default: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llama_export.parity import evaluator as module
+    from llama_export.parity.oracle import evaluator as module
 
     kept = GraphEvaluator(default.bundle.model_path).run(random_feeds())
     monkeypatch.setattr(module, "_KEEP_BYTES", 0)

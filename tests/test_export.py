@@ -22,13 +22,13 @@ from conftest import TINY, MakeCheckpoint
 from random_llama import write_random_checkpoint
 from safetensors import safe_open
 
-from llama_export import export as export_module
 from llama_export import ops
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.checkpoint import load_checkpoint
-from llama_export.config import ExportConfig
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.checkpoint.checkpoint import load_checkpoint
+from llama_export.config.settings import ExportConfig
 from llama_export.errors import ExportError
-from llama_export.export import ExportResult, export_checkpoint
+from llama_export.export import export as export_module
+from llama_export.export.export import ExportResult, export_checkpoint
 from llama_export.model import load_reference
 from llama_export.model.rms_norm import LlamaRMSNorm
 from llama_export.model.rope import inverse_frequencies

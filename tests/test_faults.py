@@ -13,12 +13,12 @@ from conftest import MakeCheckpoint
 from random_llama import random_config, write_random_checkpoint
 from support import snapshot
 
-from llama_export.bundle import Bundle, load_bundle
+from llama_export.bundle.bundle import Bundle, load_bundle
 from llama_export.errors import ConfigError
-from llama_export.export import export_checkpoint
-from llama_export.parity import stages as stages_module
-from llama_export.parity.fault_runs import FaultRun, run_faults, summary
-from llama_export.parity.faults import EQUIVALENT, FAULTS, KERNELS, ROUNDINGS, NotApplicable, copy_bundle, inject
+from llama_export.export.export import export_checkpoint
+from llama_export.parity.faults.fault_runs import FaultRun, run_faults, summary
+from llama_export.parity.faults.faults import EQUIVALENT, FAULTS, KERNELS, ROUNDINGS, NotApplicable, copy_bundle, inject
+from llama_export.parity.stages import causal as stages_module
 
 ROOT = Path(__file__).parent.parent
 SCRIPT: dict[str, Any] = runpy.run_path(str(ROOT / "scripts" / "faults.py"), run_name="scripts.faults")
@@ -74,7 +74,7 @@ def test_a_blind_validator_is_found_out(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_head_without_a_cache_is_refused(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint()
-    from llama_export.config import ExportConfig
+    from llama_export.config.settings import ExportConfig
 
     export_checkpoint(folder, config=ExportConfig(task="feature-extraction"))
     with pytest.raises(ConfigError, match="causal LM"):

@@ -17,13 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.config import RopeConfig
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.config.llama import RopeConfig
 from llama_export.errors import ConfigError, ShapeError, ToolchainError
-from llama_export.export import export_checkpoint
-from llama_export.runtime import OnnxRuntimeSession, SamplingParams, TextCodec, TokenEvent, generate, generate_steps
+from llama_export.export.export import export_checkpoint
+from llama_export.runtime.generation import TokenEvent, generate, generate_steps
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeSession
 from llama_export.runtime.protocol import CacheSession
-from llama_export.runtime.text import StopStream, TextStream
+from llama_export.runtime.sampling_params import SamplingParams
+from llama_export.runtime.text import StopStream, TextCodec, TextStream
 
 V = 50
 DYNAMIC = RopeConfig(rope_type="dynamic", factor=2.0)

@@ -26,18 +26,20 @@ from onnx import TensorProto, helper, numpy_helper
 from random_llama import write_random_checkpoint
 from support import make_special, refused_or, trace_once
 
-from llama_export import engine, graph_check
-from llama_export._tensorrt import MappedWeights
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.cli import main
-from llama_export.config import TASKS, EngineConfig, ExportConfig
-from llama_export.engine import build_engine
+from llama_export.bundle import graph_check
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.bundle.graph_check import check_graph
+from llama_export.cli.main import main
+from llama_export.config.llama import TASKS
+from llama_export.config.settings import EngineConfig, ExportConfig
+from llama_export.engine import build as engine
+from llama_export.engine.build import build_engine
+from llama_export.engine.tensorrt import MappedWeights
 from llama_export.errors import ArtifactMismatchError, LlamaExportError, ToolchainError
-from llama_export.export import export_checkpoint
-from llama_export.graph_check import check_graph
+from llama_export.export.export import export_checkpoint
+from llama_export.export.quantize import quantize_bundle
 from llama_export.parity.validate import validate_bundle
-from llama_export.quantization import quantize_bundle
-from llama_export.runtime import OnnxRuntimeSession
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
 GRAPHS = ("model.onnx", "model.onnxruntime.onnx")
 Fault = Callable[[onnx.ModelProto], object]

@@ -17,15 +17,15 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.config import TASKS
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.config.llama import TASKS
 from llama_export.errors import ExportError
-from llama_export.export import export_checkpoint
-from llama_export.parity import head_stages
-from llama_export.parity.evaluator import GraphEvaluator
-from llama_export.parity.head_stages import HEAD_STAGES, HeadValidator
+from llama_export.export.export import export_checkpoint
 from llama_export.parity.judge import ValidateConfig
-from llama_export.parity.result import ParityReport
+from llama_export.parity.oracle.evaluator import GraphEvaluator
+from llama_export.parity.report.result import ParityReport
+from llama_export.parity.stages import heads as head_stages
+from llama_export.parity.stages.heads import HEAD_STAGES, HeadValidator
 from llama_export.parity.validate import validate_bundle
 
 ROOT = Path(__file__).parent.parent

@@ -15,10 +15,12 @@ import transformers
 from support import check_refused
 from tokenizers import Tokenizer
 
-from llama_export.bundle import load_bundle
-from llama_export.cli import main
+from llama_export.bundle.bundle import load_bundle
+from llama_export.cli.main import main
 from llama_export.errors import ConfigError, ShapeError
-from llama_export.runtime import OnnxRuntimeHeadSession, OnnxRuntimeSession, TextCodec, predict
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeHeadSession, OnnxRuntimeSession
+from llama_export.runtime.prediction import predict
+from llama_export.runtime.text import TextCodec
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-llama"
 VOCABULARY = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json")).get_vocab_size()

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_export import _huge_pages
-from llama_export._huge_pages import gather_huge_pages, huge_page_bytes
+from llama_export._system import huge_pages as _huge_pages
+from llama_export._system.huge_pages import gather_huge_pages, huge_page_bytes
 
 
 def kib(name: str, file: str = "/proc/self/smaps_rollup") -> int:

@@ -33,7 +33,8 @@ from support import patient, write_tensors
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama_export.config import ACTIVATIONS, PROBLEM_TYPES, SUPPORTED_ROPE_TYPES, config_from_dict
+from llama_export.config.huggingface import config_from_dict
+from llama_export.config.llama import ACTIVATIONS, PROBLEM_TYPES, SUPPORTED_ROPE_TYPES
 from llama_export.errors import ConfigError, ShapeError
 from llama_export.model import MODEL_CLASSES, load_reference
 from llama_export.model import attention as our_attention

@@ -7,6 +7,8 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,91 +18,13 @@ import llama_export
 from llama_export import errors
 
 PACKAGE = Path(llama_export.__file__).parent
-# docs: "Data flow and layout" of the design. A unit may import what stands above it, and nothing below it.
-ORDER = (
-    ("__init__",),
-    ("_text",),
-    ("errors",),
-    (
-        "_huge_pages",
-        "_interrupt",
-        "_process",
-        "_files",
-        "_typed",
-        "_onnx_bytes",
-        "environment",
-        "_arguments",
-        "path_hints",
-    ),
-    ("sampling_params",),
-    ("_sampling_options",),
-    ("_commit", "_content"),
-    ("config",),
-    ("checkpoint", "kv_cache"),
-    ("graph_io",),
-    ("ops",),
-    ("model",),
-    ("manifest", "placement"),
-    ("bundle",),
-    ("graph_check", "verify"),
-    ("conversion", "embedded", "estimate"),
-    ("quantization",),
-    ("runtime",),
-    ("repeat",),
-    ("export",),
-    ("_tensorrt", "engine_sidecar"),
-    ("_plan",),
-    ("plugins", "engine_weights"),
-    ("engine_spec",),
-    ("engine_network", "engine_check"),
-    ("engine",),
-    ("engine_session", "refit", "inspection"),
-    ("llm",),
-    ("head", "terminal_chat", "views"),
-    ("parity",),
-    ("api",),
-    ("cli",),
-    ("__main__",),
+FOLDERS = (
+    *("_system", "errors", "ops", "config", "checkpoint", "graph", "model", "bundle", "export", "engine"),
+    *("runtime", "parity", "api", "cli", "__main__"),
 )
-LAZY = {("__init__", unit) for ranks in ORDER for unit in ranks if unit != "__init__"}
-"""The package gives names of its modules when they are asked for, and imports none of them at its top."""
-RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
-BASE = (
-    "_text",
-    "errors",
-    "_huge_pages",
-    "_interrupt",
-    "_process",
-    "_files",
-    "_typed",
-    "_commit",
-    "_content",
-    "manifest",
-    "placement",
-    "config",
-    "kv_cache",
-    "graph_io",
-    "checkpoint",
-    "bundle",
-    "_onnx_bytes",
-    "graph_check",
-    "verify",
-    "estimate",
-    "environment",
-    "runtime",
-    "llm",
-    "_arguments",
-    "path_hints",
-    "sampling_params",
-    "_sampling_options",
-    "head",
-    "api",
-    "terminal_chat",
-    "views",
-    "cli",
-    "__init__",
-    "__main__",
-)
+"""The pipeline. The README shows the same folders in the same order; each imports from those before it alone."""
+MAY_BE_HEAVY = {"ops", "model", "export", "engine", "parity"}
+"""Folders whose files may import torch, onnx or TensorRT when they are imported; a production install has none of these."""
 HEAVY = {
     "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings",
     "polygraphy", "transformers", "matplotlib", "cuda", "safetensors", "ml_dtypes",
@@ -133,10 +57,9 @@ def imports(node: ast.AST, *, deep: bool) -> Iterator[str]:
 
 
 def own_units(path: Path, *, deep: bool) -> set[str]:
-    """Units of this package that a file imports, itself left out."""
+    """Folders of this package that a file imports, its own left out."""
     names = [name.split(".") for name in imports(tree(path), deep=deep) if name.split(".")[0] == "llama_export"]
-    units = {parts[1] if len(parts) > 1 and parts[1] in RANK else "__init__" for parts in names}
-    return units - {unit_of(path)}
+    return {parts[1] for parts in names if len(parts) > 1 and parts[1] in FOLDERS} - {unit_of(path)}
 
 
 def outside(path: Path, *, deep: bool) -> set[str]:
@@ -144,68 +67,70 @@ def outside(path: Path, *, deep: bool) -> set[str]:
     return {name.split(".")[0] for name in imports(tree(path), deep=deep)} - {"llama_export"}
 
 
-def test_every_file_has_its_place_in_the_order() -> None:
-    assert {unit_of(path) for path in FILES} == set(RANK)
+def test_every_folder_has_its_place_in_the_order() -> None:
+    assert {unit_of(path) for path in FILES} == {*FOLDERS, "__init__"}
+
+
+def test_readme_shows_the_folders_in_the_order_of_their_imports() -> None:
+    text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^  (\w+)/ ", text[text.index("## How to read the code") :], re.MULTILINE)
+    assert shown == [name for name in FOLDERS if (PACKAGE / name).is_dir()]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_one_way(path: Path) -> None:
-    mine = RANK[unit_of(path)]
-    lazy = {unit for above, unit in LAZY if above == unit_of(path)}
-    assert not own_units(path, deep=False) & lazy
-    wrong = {unit for unit in own_units(path, deep=True) - lazy if RANK[unit] >= mine}
-    assert not wrong, f"{unit_of(path)} stands above {wrong}"
+def test_folders_import_from_those_before_them(path: Path) -> None:
+    if path == PACKAGE / "__init__.py":  # gives public names when they are asked for, and imports nothing at its top
+        assert not own_units(path, deep=False)
+        return
+    before = FOLDERS[: FOLDERS.index(unit_of(path))]
+    assert own_units(path, deep=True) <= {*before}
 
 
-def test_files_of_a_package_do_not_import_in_circles() -> None:
+def test_files_do_not_import_in_circles() -> None:
+    """Also not inside functions or for type checkers only."""
     graph: dict[str, set[str]] = {}
     for path in FILES:
         name = ".".join(("llama_export", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
-        graph[name] = set(imports(tree(path), deep=False)) | {
-            n.rpartition(".")[0] for n in imports(tree(path), deep=False)
-        }
+        found = set(imports(tree(path), deep=True))
+        graph[name] = found | {other.rpartition(".")[0] for other in found}
     edges = {name: {other for other in found if other in graph and other != name} for name, found in graph.items()}
     # A package's __init__ collects its files; only the files themselves are followed from there.
     edges = {name: {other for other in found if not name.startswith(f"{other}.")} for name, found in edges.items()}
     while leaves := [name for name, found in edges.items() if not found]:
         edges = {name: found - set(leaves) for name, found in edges.items() if found}
+    edges.pop("llama_export", None)
     assert not edges, f"a circle runs through {sorted(edges)}"
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in FILES if unit_of(path) in BASE], ids=lambda path: str(path.relative_to(PACKAGE))
+    "path",
+    [path for path in FILES if unit_of(path) not in MAY_BE_HEAVY],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
 )
 def test_runtime_install_imports_nothing_heavy_at_module_level(path: Path) -> None:
     assert not outside(path, deep=False) & HEAVY
 
 
-@pytest.mark.parametrize("unit", ["engine", "_plan", "_tensorrt", "_process"])
-def test_engine_modules_import_their_libraries_when_they_are_needed(unit: str) -> None:
-    assert not outside(PACKAGE / f"{unit}.py", deep=False) & HEAVY
+@pytest.mark.parametrize("path", sorted((PACKAGE / "engine").glob("*.py")), ids=lambda path: path.stem)
+def test_engine_modules_import_their_libraries_when_they_are_needed(path: Path) -> None:
+    assert not outside(path, deep=False) & HEAVY
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("*.py")), ids=lambda path: path.stem)
 def test_reference_model_knows_neither_onnx_nor_tensorrt(path: Path) -> None:
     assert not outside(path, deep=True) & (HEAVY - {"torch"})
-    assert own_units(path, deep=True) <= {"_files", "config", "checkpoint", "errors", "kv_cache", "ops", "__init__"}
+    assert own_units(path, deep=True) <= {"_system", "config", "checkpoint", "errors", "graph", "ops"}
 
 
-def test_command_line_imports_only_light_modules_of_the_package() -> None:
-    assert own_units(PACKAGE / "cli.py", deep=False) == {
-        "__init__",
-        "_interrupt",
-        "_process",
-        "_sampling_options",
-        "_text",
-        "config",
-        "errors",
-        "path_hints",
-    }
+def test_help_imports_neither_numpy_nor_anything_heavy() -> None:
+    code = "import sys, llama_export.cli.main; print(*sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {name.partition(".")[0] for name in said} & {*HEAVY, "numpy", "jinja2", "tokenizers", "rich"}
 
 
 def test_parity_results_and_metrics_need_no_torch() -> None:
-    for name in ("result", "metrics", "logits_sample", "wording", "plots", "report", "reading", "diff"):
-        assert not outside(PACKAGE / "parity" / f"{name}.py", deep=False) & HEAVY
+    for path in (*(PACKAGE / "parity" / "report").glob("*.py"), PACKAGE / "parity" / "metrics.py"):
+        assert not outside(path, deep=False) & HEAVY, path
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -225,7 +150,7 @@ def test_behaviour_comes_from_flags_not_from_the_environment(path: Path) -> None
         re.findall(r"getenv\(\s*[\"'](\w+)", text)
     )
     # matplotlib reads SOURCE_DATE_EPOCH while it draws: a value that is no time is refused before the work.
-    assert read <= ({"SOURCE_DATE_EPOCH"} if path == PACKAGE / "parity" / "report.py" else {"NO_COLOR"})
+    assert read <= ({"SOURCE_DATE_EPOCH"} if path == PACKAGE / "parity" / "report" / "pages.py" else {"NO_COLOR"})
     set_for_others = re.findall(r"\benviron\.setdefault\(", text)
     assert len(set_for_others) == (path == PACKAGE / "__init__.py")  # onnxruntime's telemetry
     assert len(re.findall(r"\benviron\b|\bgetenv\b", text)) == len(read) + len(set_for_others)
@@ -292,7 +217,7 @@ def test_every_error_that_is_raised_has_a_hint() -> None:
     names = {cls.__name__ for cls in all_errors()} - {"MissingDependencyError"}
     without = []
     for path in FILES:
-        if unit_of(path) not in ("config", "checkpoint", "bundle", "estimate", "cli"):
+        if unit_of(path) not in ("config", "checkpoint", "bundle", "cli"):
             continue
         for node in ast.walk(tree(path)):
             called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None

@@ -12,10 +12,10 @@ import pytest
 from conftest import TINY
 from rich.console import Console
 
-from llama_export import inspection
-from llama_export.bundle import Bundle
-from llama_export.cli import main
-from llama_export.inspection import describe_engine, print_engine
+from llama_export.bundle.bundle import Bundle
+from llama_export.cli.main import main
+from llama_export.engine import inspection
+from llama_export.engine.inspection import describe_engine, print_engine
 
 pytest.importorskip("tensorrt_rtx_bindings")
 

@@ -20,15 +20,15 @@ from conftest import NATIVE, TINY
 from random_llama import write_random_checkpoint
 from support import heed_ctrl_c
 
-from llama_export._interrupt import deferred
-from llama_export.bundle import load_bundle
-from llama_export.config import ExportConfig
-from llama_export.engine import build_engine
-from llama_export.engine_check import check_engine
-from llama_export.export import export_checkpoint
-from llama_export.parity.faults import inject
+from llama_export._system.interrupt import deferred
+from llama_export.bundle.bundle import load_bundle
+from llama_export.config.settings import ExportConfig
+from llama_export.engine.build import build_engine
+from llama_export.engine.check import check_engine
+from llama_export.export.export import export_checkpoint
+from llama_export.parity.faults.faults import inject
 from llama_export.parity.judge import ValidateConfig
-from llama_export.parity.report import write_report
+from llama_export.parity.report.pages import write_report
 from llama_export.parity.validate import validate_bundle
 
 LATENCY = 2.0

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from support import heed_ctrl_c
 
-from llama_export.bundle import Bundle
-from llama_export.cli import main
+from llama_export.bundle.bundle import Bundle
+from llama_export.cli.main import main
 from llama_export.errors import ConfigError
 from llama_export.parity import validate
-from llama_export.parity.diff import diff_reports
 from llama_export.parity.judge import ValidateConfig
-from llama_export.parity.reading import report_from_json
-from llama_export.parity.result import ParityReport
+from llama_export.parity.report.diff import diff_reports
+from llama_export.parity.report.reading import report_from_json
+from llama_export.parity.report.result import ParityReport
 from llama_export.parity.validate import validate_bundle
 
 Capture = pytest.CaptureFixture[str]

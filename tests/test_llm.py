@@ -23,14 +23,18 @@ from support import check_refused, heed_ctrl_c
 from test_generation import DYNAMIC, FakeSession, Script, byte_codec, expected_tokens, prompts_of
 
 import llama_export
-from llama_export import _tensorrt, engine_session, llm
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.cli import main
-from llama_export.config import ExportConfig
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.cli.main import main
+from llama_export.config.settings import ExportConfig
+from llama_export.engine import tensorrt as _tensorrt
 from llama_export.errors import ArtifactMismatchError, ConfigError, ShapeError
-from llama_export.export import export_checkpoint
-from llama_export.llm import LLM, open_session
-from llama_export.runtime import OnnxRuntimeSession, SamplingParams, TextCodec
+from llama_export.export.export import export_checkpoint
+from llama_export.runtime import engine_session, llm
+from llama_export.runtime.llm import LLM
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeSession
+from llama_export.runtime.opening import open_session
+from llama_export.runtime.sampling_params import SamplingParams
+from llama_export.runtime.text import TextCodec
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parent.parent
@@ -387,7 +391,7 @@ def test_a_failure_leaves_a_model_that_works() -> None:
     opened, session = fake()
     (prompt,) = prompts_of(6)
     session.fails_at = 2
-    with pytest.raises(llama_export.runtime.session.ToolchainError):
+    with pytest.raises(llama_export.runtime.onnxruntime_session.ToolchainError):
         opened.generate(prompt, max_new_tokens=5).result  # noqa: B018 - runs it
     session.fails_at = None
     assert opened.generate(prompt, max_new_tokens=5).result.tokens == expected_tokens(prompt, 5)

@@ -13,14 +13,14 @@ import torch
 from conftest import MakeCheckpoint
 from random_llama import random_config, write_random_checkpoint
 
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.checkpoint import load_checkpoint
-from llama_export.export import export_checkpoint
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.checkpoint.checkpoint import load_checkpoint
+from llama_export.export.export import export_checkpoint
 from llama_export.parity.calls import Run, carried, graph_inputs, one_row
-from llama_export.parity.evaluator import GraphEvaluator
 from llama_export.parity.judge import ValidateConfig
-from llama_export.parity.locate import relative_error, tensor_errors
-from llama_export.parity.program import ReferenceProgram
+from llama_export.parity.locate.locate import relative_error, tensor_errors
+from llama_export.parity.oracle.evaluator import GraphEvaluator
+from llama_export.parity.oracle.program import ReferenceProgram
 from llama_export.parity.validate import validate_bundle
 
 GRAPH = ValidateConfig(steps=2, prompt_tokens=14, stages=("graph/float64-eager",))

@@ -8,7 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from llama_export.parity.lockstep import Step, blocks, lockstep
+from llama_export.parity.oracle.lockstep import Step, blocks, lockstep
 
 STEPS = [
     Step("weight", ("w",), ("doubled",), lambda v: (v[0] * 2,)),

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from support import patient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from llama_export.bundle import Bundle
+from llama_export.bundle.bundle import Bundle
 from llama_export.parity.judge import ValidateConfig
-from llama_export.parity.logits_sample import SPREAD, TOP_K, decode_sample, labels_sample, logits_sample
+from llama_export.parity.stages.logits_sample import SPREAD, TOP_K, decode_sample, labels_sample, logits_sample
 from llama_export.parity.validate import validate_bundle
-from llama_export.runtime import TextCodec
+from llama_export.runtime.text import TextCodec
 
 
 def logits(positions: int, tokens: int, seed: int = 0) -> tuple[NDArray[Any], NDArray[Any]]:

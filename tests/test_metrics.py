@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_export.parity.metrics import Difference, difference
-from llama_export.parity.result import WorstElement
+from llama_export.parity.report.result import WorstElement
 
 
 def one(got: Any, want: Any, name: str = "logits") -> Difference:

@@ -13,8 +13,10 @@ import oracles
 import pytest
 import torch
 
-from llama_export.checkpoint import TensorEntry, load_checkpoint
-from llama_export.config import RopeConfig, config_from_dict
+from llama_export.checkpoint.checkpoint import load_checkpoint
+from llama_export.checkpoint.safetensors import TensorEntry
+from llama_export.config.huggingface import config_from_dict
+from llama_export.config.llama import RopeConfig
 from llama_export.model import LlamaForCausalLM, load_reference
 from llama_export.model.loading import read_tensor
 from llama_export.model.rope import inverse_frequencies

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.config import TASKS, EngineConfig
-from llama_export.engine import build_engine
-from llama_export.engine_check import check_engine
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.config.llama import TASKS
+from llama_export.config.settings import EngineConfig
+from llama_export.engine.build import build_engine
+from llama_export.engine.check import check_engine
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "onnx_table.py"))

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from onnxruntime_operators import reference_evaluator
 
 from llama_export import ops
-from llama_export.bundle import Bundle
+from llama_export.bundle.bundle import Bundle
 from llama_export.ops import DOMAIN, OP_SPECS, OPSET_VERSION, TARGETS, OpSpec, Target
 from llama_export.ops.attention import attention_eager
 from llama_export.ops.rms_norm import add_rms_norm_eager, rms_norm_eager
-from llama_export.parity.evaluator import GraphEvaluator
+from llama_export.parity.oracle.evaluator import GraphEvaluator
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from conftest import NATIVE
 
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.cli import main
-from llama_export.engine import build_engine
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.cli.main import main
+from llama_export.engine.build import build_engine
 from llama_export.parity.judge import ValidateConfig
-from llama_export.parity.report import write_report
+from llama_export.parity.report.pages import write_report
 from llama_export.parity.validate import validate_bundle
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_export._process import available_memory
+from llama_export._system.process import available_memory
 
 
 def test_available_memory_is_below_the_machine_s() -> None:

@@ -11,9 +11,10 @@ import torch
 from published_configs import PUBLISHED
 from random_llama import write_hollow_checkpoint
 
-from llama_export.bundle import load_bundle
-from llama_export.config import config_from_dict, count_parameters, expected_tensors, resolve_task
-from llama_export.export import export_checkpoint
+from llama_export.bundle.bundle import load_bundle
+from llama_export.config.huggingface import config_from_dict, resolve_task
+from llama_export.config.llama import count_parameters, expected_tensors
+from llama_export.export.export import export_checkpoint
 from llama_export.model import LlamaForCausalLM
 from llama_export.model.rope import attention_scaling, rope_buffers
 

@@ -20,12 +20,12 @@ from test_generation import FakeSession, expected_tokens, prompts_of
 from test_llm import fake
 
 import llama_export
-from llama_export import engine_session
-from llama_export.bundle import Bundle
-from llama_export.config import ExportConfig
+from llama_export.bundle.bundle import Bundle
+from llama_export.config.settings import ExportConfig
 from llama_export.errors import ConfigError, LlamaExportError
-from llama_export.export import export_checkpoint
-from llama_export.sampling_params import SAMPLING_FLAGS, SamplingOptions, SamplingParams, flag_of
+from llama_export.export.export import export_checkpoint
+from llama_export.runtime import engine_session
+from llama_export.runtime.sampling_params import SAMPLING_FLAGS, SamplingOptions, SamplingParams, flag_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -167,7 +167,7 @@ def test_many_prompts_run_in_waves_and_give_the_same() -> None:
 
 
 def test_waves_follow_the_memory(tiny_bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama_export.runtime import session as module
+    from llama_export.runtime import onnxruntime_session as module
 
     model = llama_export.load(tiny_bundles["float32"].folder, threads=1)
     prompts = [[1 + index % 90, 5, 7] for index in range(12)]
@@ -184,7 +184,7 @@ def test_a_row_takes_no_more_memory_than_the_rule_says(tmp_path: Path) -> None:
     """In a process of its own, whose session keeps the cache of a batch of 100 rows."""
     export_checkpoint(ROOT / "examples/tiny-llama", tmp_path / "bundle", ExportConfig(weights="copy"))
     script = (
-        "import llama_export; from llama_export._process import resident_bytes\n"
+        "import llama_export; from llama_export._system.process import resident_bytes\n"
         f"model = llama_export.load({str(tmp_path / 'bundle')!r}, threads=1)\n"
         "run = lambda rows: model.complete([[1, 2, 3]] * rows, max_new_tokens=20, ignore_eos=True)\n"
         "run(1); before = resident_bytes(); run(100)\n"
@@ -294,8 +294,8 @@ def test_the_typed_keywords_and_the_flags_are_the_fields() -> None:
 
 
 def test_run_and_chat_have_the_options_of_the_table() -> None:
-    from llama_export.cli import cli
-    from llama_export.terminal_chat import DEFAULT_MAX_NEW_TOKENS, DEFAULT_TEMPERATURE
+    from llama_export.cli.main import cli
+    from llama_export.runtime.conversation import DEFAULT_MAX_NEW_TOKENS, DEFAULT_TEMPERATURE
 
     found = {name: {option.name: option for option in cli.commands[name].params} for name in ("run", "chat")}
     for field in dataclasses.fields(SamplingParams):
@@ -313,7 +313,7 @@ def test_run_and_chat_have_the_options_of_the_table() -> None:
 
 
 def test_run_without_options_has_the_defaults_of_the_fields() -> None:
-    from llama_export.cli import cli
+    from llama_export.cli.main import cli
 
     options = {option.name: option for option in cli.commands["run"].params}
     given = cli.commands["run"].make_context("run", ["bundle", "--prompt", "a"]).params

@@ -23,22 +23,25 @@ from numpy.typing import NDArray
 from random_llama import write_random_checkpoint
 from support import check_refused, patient, snapshot, split_in_shards, trace_once
 
-from llama_export import quantization
-from llama_export._content import sample_sha256, sha256_of_file
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.cli import main
-from llama_export.config import VARIANTS, ExportConfig
+from llama_export._system.content import sample_sha256, sha256_of_file
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.bundle.manifest import SCHEMA_VERSION, QuantizedRecord, variant_names
+from llama_export.cli.main import main
+from llama_export.config.settings import VARIANTS, ExportConfig
 from llama_export.errors import ArtifactMismatchError, CheckpointError, ConfigError, ExportError, ToolchainError
-from llama_export.export import export_checkpoint
-from llama_export.manifest import SCHEMA_VERSION, QuantizedRecord, variant_names
-from llama_export.parity import quantized_stages as stages_module
+from llama_export.export import quantize as quantization
+from llama_export.export import rounding
+from llama_export.export.export import export_checkpoint
+from llama_export.export.quantize import quantize_bundle
+from llama_export.export.rounding import CANDIDATES, SCHEMES, Scheme, quantize_rows
 from llama_export.parity.judge import ValidateConfig
-from llama_export.parity.quantized_stages import rounded_weight
-from llama_export.parity.result import ParityReport
-from llama_export.parity.stages import STAGES
+from llama_export.parity.report.result import ParityReport
+from llama_export.parity.stages import quantized as stages_module
+from llama_export.parity.stages.causal import STAGES
+from llama_export.parity.stages.quantized import rounded_weight
 from llama_export.parity.validate import validate_bundle
-from llama_export.quantization import CANDIDATES, SCHEMES, Scheme, quantize_bundle, quantize_rows
-from llama_export.runtime import OnnxRuntimeSession, generate
+from llama_export.runtime.generation import generate
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
 Capture = pytest.CaptureFixture[str]
 Float32Array = NDArray[np.float32]
@@ -169,7 +172,7 @@ def test_the_search_is_better_than_no_search(monkeypatch: pytest.MonkeyPatch) ->
     weight = np.random.default_rng(0).standard_normal((256, 256), np.float32)
     scheme = Scheme(bits=4, block_size=64, accuracy_level=4)
     searched = np.linalg.norm(restored(weight, scheme) - weight)
-    monkeypatch.setattr(quantization, "CANDIDATES", (15.0,))
+    monkeypatch.setattr(rounding, "CANDIDATES", (15.0,))
     assert searched < 0.98 * np.linalg.norm(restored(weight, scheme) - weight)
 
 
@@ -438,7 +441,7 @@ def test_cut_off_at_any_rename_there_is_the_old_variant_or_the_new(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, counted = plain(make_checkpoint), []
-    from llama_export import _commit
+    from llama_export._system import commit as _commit
 
     real = (os.rename, os.replace)
     seen = set()

@@ -11,7 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from llama_export.cli import cli
+from llama_export.cli.main import cli
 
 ROOT = Path(__file__).parent.parent
 UPDATE = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
@@ -86,7 +86,7 @@ def test_every_speed_has_a_perplexity_beside_it_and_float32_is_one_model() -> No
 
 
 def test_parity_table_names_stages_of_the_validator() -> None:
-    from llama_export.parity.stages import STAGES
+    from llama_export.parity.stages.causal import STAGES
 
     (section,) = re.findall("<!-- parity:begin -->(.*?)<!-- parity:end -->", README, flags=re.DOTALL)
     named = re.findall(r"^\| ([\w/-]+) \|", section, flags=re.MULTILINE)
@@ -112,8 +112,8 @@ def test_help_of_every_command_gives_its_options() -> None:
 def test_the_python_block_runs_on_the_bundle_of_the_demo(
     document: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from llama_export.config import ExportConfig
-    from llama_export.export import export_checkpoint
+    from llama_export.config.settings import ExportConfig
+    from llama_export.export.export import export_checkpoint
 
     text = (ROOT / document).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)

@@ -19,10 +19,11 @@ from conftest import TINY
 from random_llama import write_random_checkpoint
 from support import check_refused, snapshot, split_in_shards, trace_once
 
-from llama_export.bundle import load_bundle
-from llama_export.config import ExportConfig
-from llama_export.export import export_checkpoint
-from llama_export.runtime import OnnxRuntimeSession, generate
+from llama_export.bundle.bundle import load_bundle
+from llama_export.config.settings import ExportConfig
+from llama_export.export.export import export_checkpoint
+from llama_export.runtime.generation import generate
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
 Capture = pytest.CaptureFixture[str]
 WEIGHTS = "model.safetensors"

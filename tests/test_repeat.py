@@ -10,10 +10,11 @@ import onnx_ir as ir
 import pytest
 from random_llama import random_config
 
-from llama_export import export
-from llama_export.config import TASKS, LlamaConfig, Task, config_from_dict
-from llama_export.export import decoder_graph, graph_from_program, trace_program
-from llama_export.repeat import TRACED_LAYERS, repeat_last_layer
+from llama_export.config.huggingface import config_from_dict
+from llama_export.config.llama import TASKS, LlamaConfig, Task
+from llama_export.export import trace
+from llama_export.export.repeat import TRACED_LAYERS, repeat_last_layer
+from llama_export.export.trace import decoder_graph, graph_from_program, trace_program
 
 LAYERS = 5
 DTYPES = ("float32", "float16", "bfloat16")
@@ -73,7 +74,7 @@ def test_any_depth_can_be_repeated_from_any_other() -> None:
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_shallow_model_is_traced_whole(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_from_dict({**CONFIG, "num_hidden_layers": layers})
-    monkeypatch.setattr(export, "repeat_last_layer", None)
+    monkeypatch.setattr(trace, "repeat_last_layer", None)
     assert bytes_of(decoder_graph(config, "float32", "causal-lm")) == bytes_of(
         from_full_trace(config, "float32", "causal-lm")
     )

@@ -17,15 +17,15 @@ import pytest
 from rich.console import Console
 
 from llama_export.errors import MissingDependencyError
-from llama_export.parity import wording
-from llama_export.parity.report import (
+from llama_export.parity.report import wording
+from llama_export.parity.report.pages import (
     html_from_report,
     junit_from_report,
     markdown_from_report,
     print_summary,
     write_report,
 )
-from llama_export.parity.result import (
+from llama_export.parity.report.result import (
     LogitsSample,
     ParityReport,
     Stage,

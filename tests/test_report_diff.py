@@ -19,12 +19,12 @@ from support import check_refused, patient
 from test_cli import document, run_without
 from test_report import REPORTS, a_report, a_stage, every_report, not_run
 
-from llama_export.cli import main
+from llama_export.cli.main import main
 from llama_export.errors import ConfigError
-from llama_export.parity.diff import FACTOR, FLOOR, ReportDiff, diff_reports
-from llama_export.parity.reading import report_from_json
-from llama_export.parity.report import markdown_from_diff, print_diff, write_report
-from llama_export.parity.result import ParityReport, Stage, Tolerance
+from llama_export.parity.report.diff import FACTOR, FLOOR, ReportDiff, diff_reports
+from llama_export.parity.report.pages import markdown_from_diff, print_diff, write_report
+from llama_export.parity.report.reading import report_from_json
+from llama_export.parity.report.result import ParityReport, Stage, Tolerance
 
 Capture = pytest.CaptureFixture[str]
 

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import patient
 
-from llama_export.config import LlamaConfig, config_from_dict
+from llama_export.config.huggingface import config_from_dict
+from llama_export.config.llama import LlamaConfig
 from llama_export.model.rope import LlamaRotaryEmbedding, attention_scaling, inverse_frequencies, rope_buffers
 
 transformers = pytest.importorskip("transformers")

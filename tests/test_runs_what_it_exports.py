@@ -19,9 +19,9 @@ import transformers
 from conftest import TINY, MakeCheckpoint
 from random_llama import write_random_checkpoint
 
-from llama_export.bundle import load_bundle
-from llama_export.cli import main
-from llama_export.export import export_checkpoint
+from llama_export.bundle.bundle import load_bundle
+from llama_export.cli.main import main
+from llama_export.export.export import export_checkpoint
 from llama_export.parity.judge import ValidateConfig
 from llama_export.parity.validate import validate_bundle
 
@@ -193,7 +193,7 @@ def test_quantised_weights_of_an_odd_head_dim_run(
 
 def test_ragged_batches_and_chunks_agree_with_lone_rows(make_checkpoint: MakeCheckpoint) -> None:
     """The standard body, whose cost follows the capacity, in the session of several rows."""
-    from llama_export.runtime import OnnxRuntimeSession
+    from llama_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
     folder = make_checkpoint(head_dim=20)
     export_checkpoint(folder)

@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from random_llama import write_random_checkpoint
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from llama_export._process import resident_bytes
-from llama_export.bundle import Bundle, load_bundle
+from llama_export._system.process import resident_bytes
+from llama_export.bundle.bundle import Bundle, load_bundle
 from llama_export.errors import ConfigError, LlamaExportError, ShapeError, ToolchainError
-from llama_export.export import export_checkpoint
+from llama_export.export.export import export_checkpoint
 from llama_export.model import load_reference
 from llama_export.parity.sessions import reference_session
-from llama_export.runtime import OnnxRuntimeSession, TextCodec
-from llama_export.runtime import graph as graph_module
-from llama_export.runtime.text import TextStream
+from llama_export.runtime import onnxruntime_graph as graph_module
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeSession
+from llama_export.runtime.text import TextCodec, TextStream
 
 V = TINY["vocab_size"]
 LIMIT = 1e-5

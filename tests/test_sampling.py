@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
-from llama_export.cli import run
+from llama_export.cli.run import run
 from llama_export.errors import ConfigError, ToolchainError
 from llama_export.runtime import sampling
 from llama_export.runtime.sampling import Sampler
-from llama_export.sampling_params import SamplingParams
+from llama_export.runtime.sampling_params import SamplingParams
 
 EACH = settings(deadline=None, derandomize=True, max_examples=200)
 V = 40

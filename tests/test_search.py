@@ -18,26 +18,26 @@ import torch
 from onnx import helper
 from support import snapshot
 
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.cli import main
-from llama_export.config import EngineConfig
-from llama_export.engine import build_engine
-from llama_export.engine_check import check_engine
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.cli.main import main
+from llama_export.config.settings import EngineConfig
+from llama_export.engine.build import build_engine
+from llama_export.engine.check import check_engine
 from llama_export.errors import ConfigError
-from llama_export.export import export_checkpoint
-from llama_export.parity import stages as stages_module
+from llama_export.export.export import export_checkpoint
 from llama_export.parity.calls import Answers
-from llama_export.parity.case import SegmentRunner, remove_cases, reproduce_case, segment_model, segments
-from llama_export.parity.evaluator import GraphEvaluator
-from llama_export.parity.faults import inject
+from llama_export.parity.faults.faults import inject
 from llama_export.parity.judge import ValidateConfig
-from llama_export.parity.prefix import first_layers
-from llama_export.parity.result import Stage
-from llama_export.parity.search import first_failing_layer
+from llama_export.parity.locate.case import SegmentRunner, remove_cases, reproduce_case, segment_model, segments
+from llama_export.parity.locate.prefix import first_layers
+from llama_export.parity.locate.search import first_failing_layer
+from llama_export.parity.oracle.evaluator import GraphEvaluator
+from llama_export.parity.report.result import Stage
 from llama_export.parity.sessions import evaluator_session
-from llama_export.parity.stages import CausalValidator
+from llama_export.parity.stages import causal as stages_module
+from llama_export.parity.stages.causal_validator import CausalValidator
 from llama_export.parity.validate import validate_bundle
-from llama_export.runtime import OnnxRuntimeSession
+from llama_export.runtime.onnxruntime_session import OnnxRuntimeSession
 
 LAYERS = 5
 
@@ -409,7 +409,7 @@ def test_a_folder_without_a_case_is_refused(tmp_path: Path, capsys: pytest.Captu
 
 def test_segments_cover_the_graph_and_compute_what_it_computes(sound: Bundle) -> None:
     """Each alone on the values of a whole run gives the values of the whole run, bit by bit."""
-    from llama_export.kv_cache import cache_names, cache_shape
+    from llama_export.graph.kv_cache import cache_names, cache_shape
 
     evaluator = GraphEvaluator(sound.model_path, custom_ops="bodies")
     feeds = {

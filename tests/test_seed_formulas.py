@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llama_export import ops
-from llama_export.config import LlamaConfig, RopeConfig
+from llama_export.config.llama import LlamaConfig, RopeConfig
 from llama_export.model.attention import LayerCache
 from llama_export.model.decoder import LlamaDecoderLayer
 from llama_export.model.mlp import LlamaMLP

@@ -21,21 +21,21 @@ import torch
 from conftest import TINY, MakeCheckpoint
 from safetensors.numpy import load_file, save_file
 
-from llama_export._content import sha256_of_file
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.cli import main
-from llama_export.config import EngineConfig, ExportConfig
-from llama_export.engine import build_engine, execution_blocker
+from llama_export._system.content import sha256_of_file
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.cli.main import main
+from llama_export.config.settings import EngineConfig, ExportConfig
+from llama_export.engine.build import build_engine, execution_blocker
+from llama_export.engine.plugins import kernels_installed
 from llama_export.errors import ConfigError
-from llama_export.export import export_checkpoint
+from llama_export.export.export import export_checkpoint
 from llama_export.model import load_reference
-from llama_export.parity import stages as stages_module
 from llama_export.parity.judge import ValidateConfig
-from llama_export.parity.result import ParityReport, Stage
+from llama_export.parity.report.result import ParityReport, Stage
 from llama_export.parity.sessions import reference_session
-from llama_export.parity.stages import STAGES
+from llama_export.parity.stages import causal as stages_module
+from llama_export.parity.stages.causal import STAGES
 from llama_export.parity.validate import validate_bundle
-from llama_export.plugins import kernels_installed
 
 QUICK = ValidateConfig(steps=6, prompt_tokens=14)
 ENGINE = {"engine/structure", "engine/execution"}

@@ -11,15 +11,15 @@ import pytest
 import torch
 from random_llama import random_config, write_random_checkpoint
 
-from llama_export.bundle import load_bundle
-from llama_export.checkpoint import load_checkpoint
-from llama_export.config import TASKS, Task
-from llama_export.export import export_checkpoint
+from llama_export.bundle.bundle import load_bundle
+from llama_export.checkpoint.checkpoint import load_checkpoint
+from llama_export.config.llama import TASKS, Task
+from llama_export.export.export import export_checkpoint
 from llama_export.model import LlamaForCausalLM, load_reference
 from llama_export.parity import judge
 from llama_export.parity.judge import ValidateConfig
+from llama_export.parity.oracle.streamed import streamed_causal_lm, streamed_reference
 from llama_export.parity.sessions import reference_session
-from llama_export.parity.streamed import streamed_causal_lm, streamed_reference
 from llama_export.parity.validate import validate_bundle
 
 transformers = pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ import pytest
 import tensor_parallel_ranks
 import torch
 
-from llama_export.checkpoint import load_checkpoint
+from llama_export.checkpoint.checkpoint import load_checkpoint
 from llama_export.errors import ConfigError
 from llama_export.model import load_reference, tensor_parallel
 

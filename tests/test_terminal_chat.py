@@ -22,23 +22,17 @@ import pytest
 from support import heed_ctrl_c
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from llama_export._text import terminal_text
-from llama_export.bundle import Bundle
-from llama_export.cli import main
-from llama_export.config import LlamaConfig, config_from_dict
+from llama_export._system.text import terminal_text
+from llama_export.bundle.bundle import Bundle
+from llama_export.cli.main import main
+from llama_export.cli.terminal_chat import TerminalChat, answer_lines, document, wants_color
+from llama_export.config.huggingface import config_from_dict
+from llama_export.config.llama import LlamaConfig
 from llama_export.errors import ConfigError, ShapeError, ToolchainError
-from llama_export.export import export_checkpoint
-from llama_export.llm import Completion
-from llama_export.sampling_params import SamplingParams
-from llama_export.terminal_chat import (
-    Conversation,
-    TerminalChat,
-    answer_lines,
-    default_sampling,
-    document,
-    messages_from_file,
-    wants_color,
-)
+from llama_export.export.export import export_checkpoint
+from llama_export.runtime.conversation import Conversation, default_sampling, messages_from_file
+from llama_export.runtime.llm import Completion
+from llama_export.runtime.sampling_params import SamplingParams
 
 Messages = list[dict[str, str]]
 Script = Callable[[Messages, SamplingParams], Sequence[str]]
@@ -738,7 +732,7 @@ def test_command_without_a_template_points_to_run(
 
 @needs_setsid
 def test_command_in_a_terminal(chat_bundle: Path) -> None:
-    entry = "import sys; from llama_export.cli import main; code = main(); print('left'); sys.exit(code)"
+    entry = "import sys; from llama_export.cli.main import main; code = main(); print('left'); sys.exit(code)"
     argv = [sys.executable, "-c", entry, "chat", str(chat_bundle), "--max-new-tokens", "3"]
     with Terminal(argv, NO_COLOR="1") as terminal:
         terminal.wait_for("> ")

@@ -21,15 +21,15 @@ from numpy.typing import ArrayLike
 from support import check_refused
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.cli import main
-from llama_export.config import ExportConfig
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.cli.main import main
+from llama_export.config.settings import ExportConfig
 from llama_export.errors import ConfigError
-from llama_export.export import export_checkpoint
-from llama_export.parity import text_stages
+from llama_export.export.export import export_checkpoint
 from llama_export.parity.judge import ValidateConfig
-from llama_export.parity.result import ParityReport, Stage, WorstElement
-from llama_export.parity.text_stages import (
+from llama_export.parity.report.result import ParityReport, Stage, WorstElement
+from llama_export.parity.stages import text as text_stages
+from llama_export.parity.stages.text import (
     Scores,
     Text,
     judge_text,

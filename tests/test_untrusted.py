@@ -16,13 +16,13 @@ from support import check_refused
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import llama_export
-from llama_export._files import MAX_DEPTH, json_from_bytes
-from llama_export._text import printable, printable_json, printable_values, shortened, terminal_text
-from llama_export.bundle import Bundle
-from llama_export.cli import main
+from llama_export._system.files import MAX_DEPTH, json_from_bytes
+from llama_export._system.text import printable, printable_json, printable_values, shortened, terminal_text
+from llama_export.bundle.bundle import Bundle
+from llama_export.cli.main import main
 from llama_export.errors import MAX_MESSAGE, MAX_VALUE, MAX_VALUES, ConfigError
-from llama_export.parity.reading import report_from_json
-from llama_export.parity.wording import prose
+from llama_export.parity.report.reading import report_from_json
+from llama_export.parity.report.wording import prose
 from llama_export.runtime import text as text_module
 from llama_export.runtime.text import TextCodec
 
@@ -128,7 +128,7 @@ def test_reports_are_small_regular_files(kind: str, tmp_path: Path) -> None:
 def test_a_text_for_validation_is_a_regular_file(
     kind: str, tiny_bundles: dict[str, Bundle], tmp_path: Path, capsys: Capture
 ) -> None:
-    from llama_export.parity.text_stages import read_text
+    from llama_export.parity.stages.text import read_text
 
     folder = with_tokenizer(tiny_bundles["float32"], tmp_path)
     path = tmp_path / "text.txt"

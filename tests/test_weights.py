@@ -29,19 +29,19 @@ from support import (
     write_tensors,
 )
 
-from llama_export import embedded, placement
-from llama_export import export as export_module
-from llama_export._content import sha256_of_file
-from llama_export.bundle import load_bundle
-from llama_export.checkpoint import load_checkpoint
-from llama_export.cli import main
-from llama_export.config import ExportConfig
-from llama_export.engine import build_engine
+from llama_export._system.content import sha256_of_file
+from llama_export.bundle import placement
+from llama_export.bundle.bundle import load_bundle
+from llama_export.checkpoint.checkpoint import load_checkpoint
+from llama_export.cli.main import main
+from llama_export.config.settings import ExportConfig
+from llama_export.engine.build import build_engine
 from llama_export.errors import ConfigError, ExportError
-from llama_export.export import ExportResult, export_checkpoint
+from llama_export.export import embedded, trace
+from llama_export.export.export import ExportResult, export_checkpoint
 from llama_export.parity.judge import ValidateConfig
-from llama_export.parity.prefix import first_layers
-from llama_export.parity.stages import CausalValidator
+from llama_export.parity.locate.prefix import first_layers
+from llama_export.parity.stages.causal_validator import CausalValidator
 from llama_export.parity.validate import validate_bundle
 
 Capture = pytest.CaptureFixture[str]
@@ -220,7 +220,7 @@ def test_across_file_systems_auto_copies_and_link_is_refused_before_the_work(
     result = export_checkpoint(checkpoint, other_device / "out", log=lines.append)
     assert result.weight_bytes_written == (checkpoint / WEIGHTS).stat().st_size
     assert any("copying the weights: " in line for line in lines)
-    monkeypatch.setattr(export_module, "trace_program", lambda *_: pytest.fail("traced before the link was tried"))
+    monkeypatch.setattr(trace, "trace_program", lambda *_: pytest.fail("traced before the link was tried"))
     check_refused(
         capsys, other_device, ["export", checkpoint, "-o", other_device / "linked", "--weights", "link"],
         "a hard link is not possible here", str(checkpoint / WEIGHTS), str(other_device), "Invalid cross-device link",
@@ -248,7 +248,7 @@ def test_space_is_checked_before_the_work_for_every_way(
     checkpoint = make_checkpoint()
     least = need(load_checkpoint(checkpoint))
     monkeypatch.setattr(placement, "_can_reflink", lambda source, folder: False)
-    monkeypatch.setattr(export_module, "trace_program", lambda *_: pytest.fail("traced before the space was checked"))
+    monkeypatch.setattr(trace, "trace_program", lambda *_: pytest.fail("traced before the space was checked"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=least - 1))
     said = check_refused(
         capsys, tmp_path, ["export", checkpoint, "-o", tmp_path / "out", *options], "no space left",
@@ -351,7 +351,7 @@ def test_two_gibibytes_are_refused_before_any_work(
     edit_json(checkpoint / "config.json", vocab_size=rows)
     nbytes = load_checkpoint(checkpoint).weight_bytes
     assert nbytes >= 1 << 31
-    monkeypatch.setattr(export_module, "trace_program", lambda *_: pytest.fail("traced before the size was checked"))
+    monkeypatch.setattr(trace, "trace_program", lambda *_: pytest.fail("traced before the size was checked"))
     command = ["export", str(checkpoint), "--weights", "embed"]
     for options in ([], ["-o", str(tmp_path / "out")]):
         assert main([*command, *options]) == 2

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_export.config import LlamaConfig, config_from_dict
+from llama_export.config.huggingface import config_from_dict
+from llama_export.config.llama import LlamaConfig
 from llama_export.model.attention import ATTENTION_CLASSES
 from llama_export.model.rope import LlamaRotaryEmbedding
 from studies.tiny_llama import markdown

@@ -89,9 +89,9 @@ def exact_match(model: LlamaForQuestionAnswering, rows: list[tuple[list[int], in
 
 def measure() -> dict[str, Any]:
     """Exact match on held-out files before and after fine-tuning our class, and after a trip through the disk and ONNX."""
-    from llama_export.bundle import load_bundle
-    from llama_export.export import export_checkpoint
-    from llama_export.runtime import OnnxRuntimeHeadSession
+    from llama_export.bundle.bundle import load_bundle
+    from llama_export.export.export import export_checkpoint
+    from llama_export.runtime.onnxruntime_session import OnnxRuntimeHeadSession
 
     corpus = trainer().read_corpus(Path(sysconfig.get_paths()["stdlib"]))
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))

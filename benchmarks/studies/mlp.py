@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llama_export.config import LlamaConfig, config_from_dict
+from llama_export.config.huggingface import config_from_dict
+from llama_export.config.llama import LlamaConfig
 from llama_export.model import load_reference, tensor_parallel
 from llama_export.model.decoder import LlamaDecoderLayer, LlamaModel
 from llama_export.model.mlp import ACTIVATIONS, LlamaMLP

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_export import ops
-from llama_export.config import LlamaConfig
+from llama_export.config.llama import LlamaConfig
 from llama_export.model import load_reference
 from llama_export.model.attention import KeyValue, LayerCache
 from llama_export.model.decoder import LlamaDecoderLayer, LlamaModel

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from llama_export.config import config_from_dict
+from llama_export.config.huggingface import config_from_dict
 from llama_export.model import LlamaForCausalLM, load_reference
 from llama_export.model.rope import LlamaRotaryEmbedding
 from llama_export.ops.attention import rotate

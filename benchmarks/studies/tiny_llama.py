@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_export.config import LlamaConfig, config_from_dict
+from llama_export.config.huggingface import config_from_dict
+from llama_export.config.llama import LlamaConfig
 from llama_export.model.decoder import LlamaModel
 
 ROOT = Path(__file__).resolve().parents[2]

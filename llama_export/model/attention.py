@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from llama_export import ops
-from llama_export.config import LlamaConfig
+from llama_export.config.llama import LlamaConfig
 from llama_export.ops.attention import append, merge_heads, rotate, split_heads, visible_in_cache
 from llama_export.ops.masked_attention import causal_and_unpadded
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llama_export.config import LlamaConfig
+from llama_export.config.llama import LlamaConfig
 from llama_export.model.attention import ATTENTION_CLASSES, KeyValue, LayerCache
 from llama_export.model.mlp import LlamaMLP
 from llama_export.model.rms_norm import LlamaRMSNorm

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_export.config import LlamaConfig
+from llama_export.config.llama import LlamaConfig
 from llama_export.errors import ShapeError
 from llama_export.model.attention import KeyValue
 from llama_export.model.decoder import KVCache, LlamaDecoderLayer, LlamaModel, attended_length

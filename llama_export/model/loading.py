@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_export._files import is_plain_name
-from llama_export.checkpoint import Checkpoint, TensorEntry, check_files, load_checkpoint
+from llama_export._system.files import is_plain_name
+from llama_export.checkpoint.checkpoint import Checkpoint, check_files, load_checkpoint
+from llama_export.checkpoint.safetensors import TensorEntry
 from llama_export.errors import CheckpointError
 from llama_export.model.heads import MODEL_CLASSES, LlamaForCausalLM, LlamaWithHead
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_export.config import LlamaConfig
+from llama_export.config.llama import LlamaConfig
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_export import ops
-from llama_export.config import float32_value
+from llama_export.config.llama import float32_value
 
 
 class LlamaRMSNorm(nn.Module):

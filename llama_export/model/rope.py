@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llama_export.config import LlamaConfig, RopeConfig, float32_value
+from llama_export.config.llama import LlamaConfig, RopeConfig, float32_value
 
 
 def rope_buffers(config: LlamaConfig) -> dict[str, Tensor]:

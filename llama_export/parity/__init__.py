@@ -1,1 +1,1 @@
-"""Parity: judge every artefact of a bundle against the checkpoint's own model, stage by stage, with numbers."""
+"""The validator: stages that compare every artefact with the reference, and the report."""

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llama_export.config import LlamaConfig
-from llama_export.kv_cache import cache_names, cache_shape
+from llama_export.config.llama import LlamaConfig
+from llama_export.graph.kv_cache import cache_names, cache_shape
 from llama_export.parity.tensors import to_numpy
 
 Int64Array = NDArray[np.int64]
@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a model with a cache; see :mod:`llama_export.export` for the shapes."""
+    """One call of a model with a cache; see :mod:`llama_export.export.export` for the shapes."""
 
     label: str
     input_ids: Int64Array

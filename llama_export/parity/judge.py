@@ -20,29 +20,30 @@ from typing import Any
 
 import numpy as np
 
-from llama_export._arguments import check_fields, checked_int
-from llama_export._content import sha256_of_file
-from llama_export._process import trim_heap
-from llama_export.bundle import Bundle
-from llama_export.checkpoint import Checkpoint, load_checkpoint
-from llama_export.config import load_json_object
-from llama_export.engine_check import check_engine
+from llama_export._system.content import sha256_of_file
+from llama_export._system.process import trim_heap
+from llama_export.bundle.bundle import Bundle
+from llama_export.checkpoint.checkpoint import Checkpoint, load_checkpoint
+from llama_export.config.checks import check_fields, checked_int
+from llama_export.config.huggingface import load_json_object
+from llama_export.engine.check import check_engine
+from llama_export.engine.plugins import find_library, kernels_installed
 from llama_export.errors import ConfigError, LlamaExportError, MissingDependencyError, ToolchainError
 from llama_export.parity.metrics import Difference
-from llama_export.parity.result import LogitsSample, Stage, Tolerance
-from llama_export.plugins import find_library, kernels_installed
-from llama_export.runtime.graph import OpenGraph, open_graph
+from llama_export.parity.report.result import LogitsSample, Stage, Tolerance
+from llama_export.runtime.onnxruntime_graph import OpenGraph, open_graph
 
 try:
     import torch
 
-    from llama_export.embedded import differing_weights
+    from llama_export.export.embedded import differing_weights
     from llama_export.model import load_reference
     from llama_export.model.heads import LlamaWithHead
-    from llama_export.parity.program import ReferenceProgram
-    from llama_export.parity.streamed import streamed_causal_lm, streamed_reference
+    from llama_export.parity.oracle.program import ReferenceProgram
+    from llama_export.parity.oracle.streamed import streamed_causal_lm, streamed_reference
 except ModuleNotFoundError as err:
     raise MissingDependencyError(err.name or "torch", "export") from err
+
 
 FLOAT64_LIMIT = 1e-9
 FLOAT64_WHY = "float64 rounding is 1e-16 per operation; anything above 1e-9 is a difference of meaning, not of rounding"
@@ -88,7 +89,7 @@ class ValidateConfig:
     checkpoint: Path | None = None
     """What the bundle was exported from, where its weights are embedded; None: it lies in the bundle's own folder."""
     journal: Path | None = None
-    """Folder for the report so far, written after each stage (:mod:`llama_export.parity.journal`); None: it is not kept."""
+    """Folder for the report so far, written after each stage (:mod:`llama_export.parity.report.journal`); None: it is not kept."""
     resume: bool = False
     """Take over the stages that ``journal`` holds."""
 
@@ -175,7 +176,7 @@ def checkpoint_folder(bundle: Bundle, config: ValidateConfig) -> Path:
     Raises:
         ConfigError: the bundle holds no checkpoint and none is named; it holds one and another is named; or the one that
             is named states another model than the manifest.
-        CheckpointError: see :func:`llama_export.checkpoint.load_checkpoint`.
+        CheckpointError: see :func:`llama_export.checkpoint.checkpoint.load_checkpoint`.
     """
     if config.checkpoint is None:
         if bundle.is_embedded and not any(bundle.folder.glob("*.safetensors")):

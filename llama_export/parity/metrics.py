@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llama_export.parity.result import WorstElement
+from llama_export.parity.report.result import WorstElement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

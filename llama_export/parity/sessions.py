@@ -15,20 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llama_export.config import LlamaConfig
+from llama_export.config.llama import LlamaConfig
 from llama_export.errors import MissingDependencyError, ToolchainError
-from llama_export.kv_cache import cache_names, cache_shape
+from llama_export.graph.kv_cache import cache_names, cache_shape
 from llama_export.model import LlamaForCausalLM
 from llama_export.parity.calls import Answers, Call
-from llama_export.parity.evaluator import GraphEvaluator
+from llama_export.parity.oracle.evaluator import GraphEvaluator
 from llama_export.parity.tensors import to_numpy
-from llama_export.runtime.graph import OpenGraph
+from llama_export.runtime.onnxruntime_graph import OpenGraph
 
 Array = NDArray[Any]
 
 
 class Session(Protocol):
-    """A model with a static KV cache. See :class:`llama_export.runtime.session.OnnxRuntimeSession`."""
+    """A model with a static KV cache. See :class:`llama_export.runtime.onnxruntime_session.OnnxRuntimeSession`."""
 
     past_length: NDArray[np.int64]
 

@@ -10,22 +10,23 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from llama_export._content import sha256_of_file
-from llama_export.bundle import Bundle
-from llama_export.environment import environment
+from llama_export._system.content import sha256_of_file
+from llama_export._system.environment import environment
+from llama_export.bundle.bundle import Bundle
+from llama_export.bundle.graph_check import check_graph
+from llama_export.bundle.manifest import MANIFEST_NAME
+from llama_export.bundle.placement import Progress
 from llama_export.errors import ConfigError, LlamaExportError, MissingDependencyError
-from llama_export.graph_check import check_graph
-from llama_export.graph_io import INTERFACES
-from llama_export.manifest import MANIFEST_NAME
-from llama_export.parity.case import remove_cases
-from llama_export.parity.head_stages import HEAD_STAGES, HeadValidator
-from llama_export.parity.journal import Journal, results_of
+from llama_export.graph.io import INTERFACES
 from llama_export.parity.judge import NotRun, ValidateConfig, Validator
-from llama_export.parity.quantized_stages import quantized_stages
-from llama_export.parity.result import ParityReport, Stage, matches
-from llama_export.parity.stages import STAGES, CausalValidator
-from llama_export.parity.wording import NOT_SELECTED
-from llama_export.placement import Progress
+from llama_export.parity.locate.case import remove_cases
+from llama_export.parity.report.journal import Journal, results_of
+from llama_export.parity.report.result import ParityReport, Stage, matches
+from llama_export.parity.report.wording import NOT_SELECTED
+from llama_export.parity.stages.causal import STAGES
+from llama_export.parity.stages.causal_validator import CausalValidator
+from llama_export.parity.stages.heads import HEAD_STAGES, HeadValidator
+from llama_export.parity.stages.quantized import quantized_stages
 
 DEVIATIONS = (
     "RoPE: cos and sin stay float32 and the rotation is rounded once; Hugging Face rounds cos and sin to the model dtype first. "
@@ -44,15 +45,15 @@ def validate_bundle(
     """Runs every selected stage and reports.
 
     Args:
-        bundle: from :func:`llama_export.bundle.load_bundle`.
+        bundle: from :func:`llama_export.bundle.bundle.load_bundle`.
         config: settings.
         log: receives a line when a stage has ended.
         progress: receives (name of the stage that starts, stages done, stages in all).
 
     Raises:
-        ArtifactMismatchError: a graph that no export makes: see :mod:`llama_export.graph_check`.
+        ArtifactMismatchError: a graph that no export makes: see :mod:`llama_export.bundle.graph_check`.
         ConfigError, ShapeError: a name in ``stages`` or ``require`` selects nothing; ``resume`` does not fit, see
-            :meth:`llama_export.parity.journal.Journal.finished`; see also :func:`stages_of`.
+            :meth:`llama_export.parity.report.journal.Journal.finished`; see also :func:`stages_of`.
     """
     config = config or ValidateConfig()
     for path in (bundle.model_path, bundle.onnxruntime_path, *map(bundle.variant_path, bundle.variants)):

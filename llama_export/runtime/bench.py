@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from llama_export._process import peak_rss_bytes, resident_bytes
-from llama_export.bundle import Bundle
-from llama_export.config import LlamaConfig
-from llama_export.kv_cache import cache_shape
-from llama_export.placement import Progress
+from llama_export._system.process import peak_rss_bytes, resident_bytes
+from llama_export.bundle.bundle import Bundle
+from llama_export.bundle.placement import Progress
+from llama_export.config.llama import LlamaConfig
+from llama_export.graph.kv_cache import cache_shape
 from llama_export.runtime.generation import generate_steps
 from llama_export.runtime.protocol import CacheSession
-from llama_export.sampling_params import SamplingParams
+from llama_export.runtime.sampling_params import SamplingParams
 
 _SWEPT_BYTES = 512 << 20
 """Of the array whose reading is timed: far beyond any cache."""

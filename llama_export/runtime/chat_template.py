@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llama_export._files import read_small
-from llama_export.config import load_json_object
+from llama_export._system.files import read_small
+from llama_export.config.huggingface import load_json_object
 from llama_export.errors import ConfigError, ToolchainError
 
 MAX_CHARACTERS = 2**23

@@ -16,10 +16,10 @@ import numpy as np
 from llama_export.errors import ConfigError, ShapeError
 from llama_export.runtime.buffers import Float32Array
 from llama_export.runtime.protocol import CacheSession
+from llama_export.runtime.requests import Int64Array, check_token_ids
 from llama_export.runtime.sampling import Sampler, TokenLogprobs, token_logprobs
-from llama_export.runtime.session import Int64Array, check_token_ids
+from llama_export.runtime.sampling_params import SamplingParams
 from llama_export.runtime.text import TextCodec
-from llama_export.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length"]
 """``stop``: an end-of-sequence or stop token, or a stop text. ``length``: ``max_new_tokens``. OpenAI's words."""

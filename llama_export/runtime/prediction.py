@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_export.config import LlamaConfig
+from llama_export.config.llama import LlamaConfig
 from llama_export.errors import ConfigError
 from llama_export.runtime.protocol import HeadSession
 from llama_export.runtime.text import Encoding

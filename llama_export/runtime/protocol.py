@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from llama_export.config import LlamaConfig
+from llama_export.config.llama import LlamaConfig
 from llama_export.runtime.buffers import Float32Array
-from llama_export.runtime.session import Int64Array
+from llama_export.runtime.requests import Int64Array
 
 
 class Session(Protocol):
@@ -40,7 +40,7 @@ class HeadSession(Session, Protocol):
     def run(
         self, input_ids: Sequence[Sequence[int]] | Int64Array, attention_mask: Int64Array | None = None
     ) -> dict[str, Float32Array]:
-        """One padded batch [B, S]; names and shapes of the outputs are in :mod:`llama_export.export`.
+        """One padded batch [B, S]; names and shapes of the outputs are in :mod:`llama_export.export.export`.
 
         Raises:
             ShapeError: texts that the session cannot take.

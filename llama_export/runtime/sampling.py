@@ -1,5 +1,5 @@
 """From logits to a token: each step as a pure function, and one sampler per row. The settings are
-:class:`llama_export.sampling_params.SamplingParams`.
+:class:`llama_export.runtime.sampling_params.SamplingParams`.
 
 The order is that of transformers' ``generate`` (5.23, ``_get_logits_processor``), and of vLLM:
 
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_export.errors import ToolchainError
-from llama_export.sampling_params import SamplingParams
+from llama_export.runtime.sampling_params import SamplingParams
 
 Logits = NDArray[np.floating[Any]]
 """[n], float32 as they come from a session or float64 between steps; -inf is "impossible"."""

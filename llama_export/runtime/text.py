@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_export._files import read_small
-from llama_export.config import MAX_TOKENIZER_BYTES
+from llama_export._system.files import read_small
+from llama_export.config.limits import MAX_TOKENIZER_BYTES
 from llama_export.errors import ConfigError
 
 _HINT = "copy the checkpoint's own again, or give token ids instead: --tokens 1,2,3"

@@ -25,15 +25,16 @@ pytest.importorskip(
 )
 import llama_export_plugins
 
-from llama_export import engine_session, plugins
-from llama_export.bundle import Bundle, load_bundle
-from llama_export.config import CUSTOM_OPS, EngineConfig, ExportConfig
-from llama_export.engine import build_engine, installed_plugins
-from llama_export.engine_check import check_engine, inspect_engine
-from llama_export.engine_sidecar import PluginIdentity
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.config.settings import CUSTOM_OPS, EngineConfig, ExportConfig
+from llama_export.engine import plugins
+from llama_export.engine.build import build_engine, installed_plugins
+from llama_export.engine.check import check_engine, inspect_engine
+from llama_export.engine.sidecar import PluginIdentity
 from llama_export.errors import ArtifactMismatchError, EngineBuildError, LlamaExportError, ToolchainError
-from llama_export.export import export_checkpoint
+from llama_export.export.export import export_checkpoint
 from llama_export.ops import OP_SPECS
+from llama_export.runtime import engine_session, loaded_engine
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -377,8 +378,8 @@ def test_an_engine_is_not_loaded_with_another_library(
     copied: tuple[Bundle, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy, path = copied
-    monkeypatch.setattr(engine_session, "execution_blocker", lambda backend: None)
-    monkeypatch.setattr(engine_session, "gpu_compute_capability", lambda: "8.9")
+    monkeypatch.setattr(loaded_engine, "execution_blocker", lambda backend: None)
+    monkeypatch.setattr(loaded_engine, "gpu_compute_capability", lambda: "8.9")
     found = plugins.find_library()
     monkeypatch.setattr(plugins, "find_library", lambda: replace(found, sha256="0" * 64, abi=9))
     with pytest.raises(LlamaExportError) as caught:

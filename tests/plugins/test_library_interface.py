@@ -234,7 +234,7 @@ def test_an_engine_of_another_abi_is_refused(library: PluginLibrary, op: str) ->
 
 
 def test_the_abi_is_the_same_in_both_distributions(library: PluginLibrary) -> None:
-    from llama_export import plugins
+    from llama_export.engine import plugins
 
     assert plugins.ABI == library.abi == source_abi()
 

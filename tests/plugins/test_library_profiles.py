@@ -23,14 +23,7 @@ from llama_export.ops import OP_SPECS
 
 require_plugins()
 
-from llama_export_plugins.harness import (  # noqa: E402
-    Field,
-    GuardedBuffer,
-    Plugin,
-    PluginError,
-    PluginLibrary,
-    PreparedPlugin,
-)
+from llama_export_plugins.harness import Field, GuardedBuffer, Plugin, PluginError, PluginLibrary, PreparedPlugin  # noqa: E402
 
 HEADS, HEAD_DIM = (4, 2), 16
 Shapes = Sequence[tuple[tuple[int, ...], torch.dtype]]

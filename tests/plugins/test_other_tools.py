@@ -16,8 +16,8 @@ import pytest
 from library_support import PLUGINS, require_plugins, run_python
 from test_library_tensorrt import LEAN_PYTHONS
 
-from llama_export import _plan
-from llama_export.bundle import Bundle
+from llama_export.bundle.bundle import Bundle
+from llama_export.engine import plan as _plan
 from llama_export.ops import OP_SPECS
 
 require_plugins()

@@ -21,15 +21,15 @@ from llama_export_plugins.kernels import loop
 from llama_export_plugins.ptx import Program
 
 from llama_export import ops
-from llama_export.bundle import Bundle, load_bundle
+from llama_export.bundle.bundle import Bundle, load_bundle
 from llama_export.errors import ToolchainError
-from llama_export.export import export_checkpoint
-from llama_export.kv_cache import cache_names
+from llama_export.export.export import export_checkpoint
+from llama_export.graph.kv_cache import cache_names
 from llama_export.parity import judge
-from llama_export.parity.evaluator import GraphEvaluator
 from llama_export.parity.judge import ValidateConfig
-from llama_export.parity.op_stages import DTYPES
-from llama_export.parity.result import Stage
+from llama_export.parity.oracle.evaluator import GraphEvaluator
+from llama_export.parity.report.result import Stage
+from llama_export.parity.stages.ops import DTYPES
 from llama_export.parity.validate import validate_bundle
 
 HOW = ("interpreter", "enqueue", "ptx")

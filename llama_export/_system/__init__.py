@@ -1,0 +1,1 @@
+"""What the operating system does: files, locks, signals, memory. Knows nothing of models."""

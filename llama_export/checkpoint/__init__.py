@@ -1,0 +1,1 @@
+"""A Hugging Face folder: where every tensor lies, byte by byte."""

@@ -1,0 +1,199 @@
+"""What an engine of a bundle must be: its name, profiles, inputs and outputs, layers and plugins; nothing here needs TensorRT.
+
+Role: one place for what :mod:`llama_export.engine.build` builds and :mod:`llama_export.engine.check` expects of a file.
+
+Shapes: B batch, S new tokens, N wanted positions, C kv_cache_capacity, G key/value heads, D head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import cast
+
+from llama_export.bundle.bundle import Bundle
+from llama_export.checkpoint.safetensors import TensorEntry
+from llama_export.config.llama import DType, LlamaConfig, float32_value
+from llama_export.config.settings import CUSTOM_OPS, EngineConfig
+from llama_export.engine.plugins import ABI
+from llama_export.engine.sidecar import EngineSettings, EngineSidecar, EngineTensor, Profiles
+from llama_export.errors import ShapeError
+from llama_export.graph.io import INTERFACES, is_single_text
+from llama_export.graph.kv_cache import CAPACITY, cache_names, cache_shape
+
+DEFAULT_CAPACITY = 4096
+"""Cache capacity in tokens when none is asked for and the model allows more."""
+
+
+MAX_LOGITS = 256
+"""Largest N of the prefill profile. TensorRT reserves [B, N, V] for the largest N, so all of C would cost gigabytes."""
+
+
+PREFILL, DECODE, TEXTS = "prefill", "decode", "texts"
+"""Optimization profiles: the first two of a causal LM, the last of the heads without a cache."""
+
+
+ATTENTION, MASKED_ATTENTION = "LlamaAttention", "LlamaMaskedAttention"
+
+
+def resolve_capacity(config: LlamaConfig, max_seq_len: int | None) -> int:
+    """Longest sequence of an engine: what was asked for, else the model's longest up to :data:`DEFAULT_CAPACITY`.
+
+    Raises:
+        ShapeError: more than the model's positions.
+    """
+    limit = config.max_length
+    if max_seq_len is not None and max_seq_len > limit:
+        raise ShapeError(
+            f"the checkpoint has no positions beyond {limit} tokens",
+            details={
+                "got": f"max_seq_len = {max_seq_len}",
+                "expected": f"at most {limit}, the model's longest sequence",
+            },
+            hint=f"--max-seq-len {limit}",
+        )
+    return min(limit, DEFAULT_CAPACITY) if max_seq_len is None else max_seq_len
+
+
+def max_batch(bundle: Bundle, config: EngineConfig) -> int:
+    """Largest batch of an engine: 1 where the graph has a fixed one."""
+    return 1 if is_single_text(bundle.config, bundle.task) else config.max_batch
+
+
+def engine_name(bundle: Bundle, config: EngineConfig, capacity: int) -> str:
+    """File name that tells engines of one bundle apart: ``float16-plugin-c4096-b4.tensorrt-rtx.engine``.
+
+    ``c`` is the capacity of a cache, ``s`` the longest text of a head without one.
+    """
+    longest = f"{'c' if INTERFACES[bundle.task].has_cache else 's'}{capacity}"
+    native = sorted(set(CUSTOM_OPS) - config.plugin_ops)
+    ops = config.ops if config.ops in ("plugin", "native") else f"plugin-without-{'-'.join(native)}"
+    parts = [bundle.dtype, ops, longest, f"b{max_batch(bundle, config)}"]
+    parts += ["p1"] if config.profiles == 1 and INTERFACES[bundle.task].has_cache else []
+    parts += [f"weights-{config.weights}"] if config.weights != "constant" else []
+    parts += [f"cc{capability}" for capability in config.compute_capabilities]
+    parts += [flag for flag, on in (("vc", config.version_compatible), ("tf32", config.tf32)) if on]
+    return f"{'-'.join(parts)}.{config.backend}.engine"
+
+
+def engine_io(bundle: Bundle, capacity: int) -> tuple[EngineTensor, ...]:
+    """The manifest's inputs and outputs with C a number."""
+    return tuple(
+        EngineTensor(
+            name=tensor.name,
+            kind=tensor.kind,
+            dtype=tensor.dtype,
+            shape=tuple(capacity if dim == CAPACITY else dim for dim in tensor.shape),
+            alias_of=tensor.alias_of,
+        )
+        for tensor in bundle.manifest.io
+    )
+
+
+def weight_io(entries: Sequence[TensorEntry]) -> tuple[EngineTensor, ...]:
+    """Inputs that are weights, in the words of :func:`engine_io`."""
+    return tuple(
+        EngineTensor(name=entry.name, kind="input", dtype=cast(DType, entry.dtype), shape=entry.shape, alias_of=None)
+        for entry in entries
+    )
+
+
+def engine_settings(bundle: Bundle, config: EngineConfig) -> EngineSettings:
+    """How an engine of these settings computes."""
+    return EngineSettings(
+        tf32=config.tf32,
+        strongly_typed=True,
+        decomposable_attention=may_decompose(bundle.dtype, config.plugin_ops & bundle.ops),
+        version_compatible=config.version_compatible,
+    )
+
+
+def engine_profiles(bundle: Bundle, capacity: int, max_batch: int, count: int = 2) -> Profiles:
+    """Shapes the engine serves: ``prefill`` any S and N (up to :data:`MAX_LOGITS`), ``decode`` S = N = 1; ``texts`` any S.
+
+    With ``count`` 1 there is no ``decode``: ``prefill`` holds its shapes too.
+    """
+    config = bundle.config
+    if not INTERFACES[bundle.task].has_cache:
+        texts = [[1, 1], [1, min(capacity, 128)], [max_batch, capacity]]
+        return {TEXTS: {name: texts for name in INTERFACES[bundle.task].inputs}}
+
+    def shapes(tokens: Sequence[int], wanted: Sequence[int]) -> dict[str, list[list[int]]]:
+        # One row is the common case; the rest of the range stays open.
+        batches = (1, 1, max_batch)
+        cache = [list(cache_shape(config, batch, capacity)) for batch in batches]
+        return {
+            "input_ids": [[batch, count] for batch, count in zip(batches, tokens, strict=True)],
+            "past_length": [[batch] for batch in batches],
+            "sequence_length": [[batch] for batch in batches],
+            "logits_index": [[batch, count] for batch, count in zip(batches, wanted, strict=True)],
+            **{past: cache for past, _ in cache_names(config.num_hidden_layers)},
+        }
+
+    profiles = {
+        PREFILL: shapes((1, min(capacity, 128), capacity), (1, 1, min(capacity, MAX_LOGITS))),
+        DECODE: shapes((1, 1, 1), (1, 1, 1)),
+    }
+    return profiles if count == 2 else {PREFILL: profiles[PREFILL]}
+
+
+def expected_layers(bundle: Bundle, plugin_ops: Collection[str]) -> dict[str, int]:
+    """TensorRT layer type -> count that the network must have. No other count is fixed."""
+    layers, has_cache = bundle.config.num_hidden_layers, INTERFACES[bundle.task].has_cache
+    native_attentions = 0 if _attention_op(bundle) in plugin_ops else layers
+    heads = 0 if bundle.task == "feature-extraction" else 1
+    return {
+        "KV_CACHE_UPDATE": 2 * native_attentions if has_cache else 0,
+        "ROTARY_EMBEDDING": 2 * native_attentions,
+        "ATTENTION_INPUT": native_attentions,
+        "ATTENTION_OUTPUT": native_attentions,
+        "MATRIX_MULTIPLY": 7 * layers + heads,
+        "PLUGIN_V3": sum(expected_plugin_layers(bundle, plugin_ops).values()),
+    }
+
+
+def _attention_op(bundle: Bundle) -> str:
+    return ATTENTION if INTERFACES[bundle.task].has_cache else MASKED_ATTENTION
+
+
+def expected_plugin_layers(bundle: Bundle, plugin_ops: Collection[str]) -> dict[str, int]:
+    """op -> plugin layers: one attention a layer; the first norm has no sum before it, all others have."""
+    layers = bundle.config.num_hidden_layers
+    counts = {"LlamaAddRMSNorm": 2 * layers, _attention_op(bundle): layers, "LlamaRMSNorm": 1}
+    return {op: count for op, count in counts.items() if op in plugin_ops}
+
+
+def plugin_attributes(config: LlamaConfig) -> dict[str, dict[str, int | float]]:
+    """op -> field -> value that every plugin layer of the op must carry: the ABI of its library, its attributes, and what it
+    noted at build."""
+    norm = {"abi": ABI, "epsilon": float32_value(config.rms_norm_eps), "hidden_size": config.hidden_size}
+    attention = {
+        "abi": ABI,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "scale": config.softmax_scale,
+    }
+    return {"LlamaRMSNorm": norm, "LlamaAddRMSNorm": norm, ATTENTION: attention, MASKED_ATTENTION: attention}
+
+
+def may_decompose(dtype: str, plugin_ops: Collection[str] = ()) -> bool:
+    """Whether TensorRT's own attention may become MatMul, Softmax, MatMul where it has no fused kernel.
+
+    float32 has none, so there it must. In 16 bit it has one for every head_dim up to 256 (except for a single head with
+    max_batch 1), and that keeps scores in float32, which a decomposition need not: better a build that fails than one
+    that loses digits in silence.
+    """
+    return dtype == "float32" and not {ATTENTION, MASKED_ATTENTION} & set(plugin_ops)
+
+
+def rebuild_command(sidecar: EngineSidecar, bundle: Path) -> str:
+    """The command that builds an engine like this one again, for a bundle and for the machine it is given on."""
+    words = ["llama-export", "build", str(bundle), "--backend", sidecar.backend, "--ops", sidecar.ops]
+    words += ["--max-seq-len", str(sidecar.max_seq_len), "--max-batch", str(sidecar.max_batch)]
+    words += ["--weights", sidecar.weights.mode] if sidecar.weights.mode != "constant" else []
+    words += ["--profiles", "1"] if set(sidecar.profiles) == {PREFILL} else []
+    words += ["--tf32"] if sidecar.settings.tf32 else []
+    words += ["--version-compatible"] if sidecar.settings.version_compatible else []
+    return shlex.join([*words, "--force"])

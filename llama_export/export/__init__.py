@@ -1,0 +1,1 @@
+"""Checkpoint -> traced program -> ONNX graph -> bundle; and weights in another dtype or rounded."""

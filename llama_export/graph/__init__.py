@@ -1,0 +1,1 @@
+"""Names, shapes and bytes of the exported graph: one place for trace, graph, engine and session."""

@@ -1,0 +1,1 @@
+"""A catalogue of faults put into models, to prove the validator."""

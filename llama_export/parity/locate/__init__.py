@@ -1,0 +1,1 @@
+"""Which layer and operation make a result wrong."""
