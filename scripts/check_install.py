@@ -68,7 +68,7 @@ print(json.dumps({found.metadata["Name"]: found.version for found in importlib.m
 """
 FIND_LIBRARY = """
 import json
-from llama_export.plugins import find_library
+from llama_export.engine.plugins import find_library
 library = find_library()
 print(json.dumps({"path": str(library.path), "sha256": library.sha256, "version": library.version, "chips": library.chips}))
 """

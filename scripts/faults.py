@@ -3,7 +3,7 @@
     python scripts/faults.py [--models 12] [--healthy 100] [--seed 0] [--write]
 
 Random causal LMs of awkward shape (any grouping, all RoPE types, biases or none, tied or not, float32, bfloat16, float16).
-Each of the first gets every fault of `llama_export/parity/faults/faults.py` that it can have, one at a time, at a random layer, and
+Each of the first gets every fault of `tests/fault_catalogue.py` that it can have, one at a time, at a random layer, and
 is judged by the stages that judge such a fault. The healthy ones go through the stages of `validate` that need no GPU, as
 a user would run them; of the slow kernel stages `enqueue`, which launches the same kernels as `interpreter`, at the model's own
 dtype. --write puts the tables into docs/faults.md and every single result into reports/faults.json.
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from random_llama import random_config, write_random_checkpoint  # noqa: E402
 
@@ -65,8 +65,9 @@ def random_bundle(folder: Path, seed: int) -> dict[str, Any]:
 
 def with_faults(seed: int) -> list[dict[str, Any]]:
     """Every fault in one model."""
+    from fault_runs import run_faults
+
     from llama_export.bundle.bundle import load_bundle
-    from llama_export.parity.faults.fault_runs import run_faults
 
     with tempfile.TemporaryDirectory() as folder:
         model = random_bundle(Path(folder), seed)

@@ -664,7 +664,7 @@ def test_many_processes_finish_and_commit_at_once(tmp_path: Path) -> None:
     script = """
 import os, sys
 from pathlib import Path
-from llama_export._commit import commit, finish_commit
+from llama_export._system.commit import commit, finish_commit
 folder, name = Path(sys.argv[1]), sys.argv[2]
 for number in range(60):
     if name.startswith("reader"):

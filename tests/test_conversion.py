@@ -34,9 +34,8 @@ from llama_export.bundle.bundle import load_bundle
 from llama_export.checkpoint.checkpoint import load_checkpoint
 from llama_export.config.settings import ExportConfig
 from llama_export.errors import CheckpointError, ConfigError
-from llama_export.export import conversion
 from llama_export.export.conversion import convert, plan_conversion
-from llama_export.export.export import export_checkpoint
+from llama_export.export.export import conversion, export_checkpoint
 from llama_export.parity.judge import ValidateConfig
 from llama_export.parity.validate import validate_bundle
 
@@ -324,8 +323,8 @@ def test_largest_value_that_fits_is_accepted(make_checkpoint: MakeCheckpoint, tm
 _PEAK = """
 import resource, sys
 from pathlib import Path
-from llama_export.checkpoint import load_checkpoint
-from llama_export.conversion import plan_conversion, write_conversion
+from llama_export.checkpoint.checkpoint import load_checkpoint
+from llama_export.export.conversion import plan_conversion, write_conversion
 plan = plan_conversion(load_checkpoint(Path(sys.argv[1])), "float16")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 write_conversion(plan, Path(sys.argv[2]), lambda *step: None)

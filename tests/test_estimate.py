@@ -33,7 +33,7 @@ from llama_export.bundle.estimate import (
     free_disk,
 )
 from llama_export.bundle.manifest import GRAPHS, CacheRecord, GraphRecord, IoRecord, Manifest, WeightRecord
-from llama_export.checkpoint.checkpoint import load_checkpoint
+from llama_export.checkpoint.checkpoint import load_checkpoint, read_headers
 from llama_export.cli.main import main
 from llama_export.config.settings import EngineConfig, ExportConfig, WeightsMode
 from llama_export.engine import build as engine
@@ -162,7 +162,7 @@ def hollow_bundle(
         weights=(WeightRecord(file="model.safetensors", size=size, mtime_ns=0, header_sha256=none),),
         functions={kind: GraphRecord(file=file, sha256=none, dtype=dtype) for kind, file in GRAPHS.items()},
     )  # fmt: skip
-    return Bundle(folder, manifest, config)
+    return Bundle(folder, manifest, read_headers(folder, ["model.safetensors"])[1])
 
 
 EIGHT = "meta-llama/Llama-3.1-8B-Instruct"

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeCheckpoint
+from fault_catalogue import EQUIVALENT, FAULTS, KERNELS, ROUNDINGS, NotApplicable, copy_bundle, inject
+from fault_runs import FaultRun, run_faults, summary
 from random_llama import random_config, write_random_checkpoint
 from support import snapshot
 
 from llama_export.bundle.bundle import Bundle, load_bundle
 from llama_export.errors import ConfigError
 from llama_export.export.export import export_checkpoint
-from llama_export.parity.faults.fault_runs import FaultRun, run_faults, summary
-from llama_export.parity.faults.faults import EQUIVALENT, FAULTS, KERNELS, ROUNDINGS, NotApplicable, copy_bundle, inject
 from llama_export.parity.stages import causal as stages_module
 
 ROOT = Path(__file__).parent.parent

@@ -435,8 +435,8 @@ def test_a_file_that_became_shorter_is_refused_before_it_is_mapped(bundle: Bundl
 TRUNCATED_WHILE_OPEN = """
 import os, sys
 from pathlib import Path
-from llama_export.bundle import load_bundle
-from llama_export.llm import open_session
+from llama_export.bundle.bundle import load_bundle
+from llama_export.runtime.opening import open_session
 folder, variant, read = Path(sys.argv[1]), sys.argv[2] or None, sys.argv[3] == "read"
 session = open_session(load_bundle(folder), backend="onnxruntime", quantize=variant, max_seq_len=16, read_weights=read)
 before = session.step([[1, 2, 3]])

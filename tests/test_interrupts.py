@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import NATIVE, TINY
+from fault_catalogue import inject
 from random_llama import write_random_checkpoint
 from support import heed_ctrl_c
 
@@ -26,7 +27,6 @@ from llama_export.config.settings import ExportConfig
 from llama_export.engine.build import build_engine
 from llama_export.engine.check import check_engine
 from llama_export.export.export import export_checkpoint
-from llama_export.parity.faults.faults import inject
 from llama_export.parity.judge import ValidateConfig
 from llama_export.parity.report.pages import write_report
 from llama_export.parity.validate import validate_bundle
@@ -218,7 +218,7 @@ def test_a_deferred_signal_is_handled_when_the_block_ends() -> None:
 def test_a_signal_that_a_destructor_loses_is_raised_again(tmp_path: Path) -> None:
     program = """
 import signal, time
-from llama_export._interrupt import watched
+from llama_export._system.interrupt import watched
 class Lost:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)
@@ -238,8 +238,8 @@ def test_a_process_that_c_code_holds_is_ended(tmp_path: Path) -> None:
     """The main thread never comes back to Python; what is unfinished is removed all the same."""
     program = """
 import ctypes, pathlib, sys
-from llama_export._commit import staging_folder
-from llama_export._interrupt import watched
+from llama_export._system.commit import staging_folder
+from llama_export._system.interrupt import watched
 with watched(), staging_folder(pathlib.Path(sys.argv[1])) as staging:
     (staging / "half").write_text("half")
     print("ready", flush=True)

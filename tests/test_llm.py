@@ -75,7 +75,12 @@ def test_load_takes_a_path_or_its_name(talking: Path) -> None:
 
 def test_the_default_capacity_has_a_bound(talking: Path) -> None:
     bundle = load_bundle(talking)
-    longer = Bundle(bundle.folder, bundle.manifest, dataclasses.replace(bundle.config, max_position_embeddings=1 << 17))
+    longer = dataclasses.replace(
+        bundle,
+        manifest=dataclasses.replace(
+            bundle.manifest, model=dataclasses.replace(bundle.config, max_position_embeddings=1 << 17)
+        ),
+    )
     assert open_session(longer).capacity == 4096
 
 

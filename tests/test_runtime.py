@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import shutil
 from collections.abc import Callable
@@ -312,7 +313,7 @@ def test_an_impossible_cache_is_a_shape_error(bundle: Bundle, capacity: int, bat
 
 def test_a_graph_that_onnxruntime_cannot_open_is_a_toolchain_error(bundle: Bundle, tmp_path: Path) -> None:
     """A sound graph with an operator that this version does not have."""
-    broken = Bundle(Path(shutil.copytree(bundle.folder, tmp_path / "broken")), bundle.manifest, bundle.config)
+    broken = dataclasses.replace(bundle, folder=Path(shutil.copytree(bundle.folder, tmp_path / "broken")))
     model = onnx.load(str(broken.onnxruntime_path), load_external_data=False)
     next(node for node in model.graph.node if node.op_type == "MatMul").op_type = "MatMulOfTomorrow"
     broken.onnxruntime_path.write_bytes(model.SerializeToString())

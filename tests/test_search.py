@@ -15,6 +15,7 @@ import onnx
 import oracles
 import pytest
 import torch
+from fault_catalogue import inject
 from onnx import helper
 from support import snapshot
 
@@ -26,7 +27,6 @@ from llama_export.engine.check import check_engine
 from llama_export.errors import ConfigError
 from llama_export.export.export import export_checkpoint
 from llama_export.parity.calls import Answers
-from llama_export.parity.faults.faults import inject
 from llama_export.parity.judge import ValidateConfig
 from llama_export.parity.locate.case import SegmentRunner, remove_cases, reproduce_case, segment_model, segments
 from llama_export.parity.locate.prefix import first_layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 import re
@@ -134,7 +135,7 @@ def test_a_text_for_validation_is_a_regular_file(
     path = tmp_path / "text.txt"
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
     with pytest.raises(ConfigError, match="cannot be read") as caught:
-        read_text(path, Bundle(folder, tiny_bundles["float32"].manifest, tiny_bundles["float32"].config))
+        read_text(path, dataclasses.replace(tiny_bundles["float32"], folder=folder))
     assert "not a regular file" in str(caught.value)
 
 

@@ -19,9 +19,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from llama_export._system.commit import COMMIT_NAME, finish_commit
 from llama_export._system.content import sample_sha256, sha256_of_file
@@ -36,11 +37,18 @@ from llama_export.bundle.manifest import (
     read_manifest,
     variant_names,
 )
-from llama_export.checkpoint.checkpoint import INDEX_NAME, TOKENIZER_FILES, Checkpoint, check_files
+from llama_export.checkpoint.checkpoint import (
+    INDEX_NAME,
+    TOKENIZER_FILES,
+    Checkpoint,
+    check_files,
+    match_tensors,
+    read_headers,
+)
 from llama_export.checkpoint.path_hints import not_a_bundle
 from llama_export.checkpoint.safetensors import TensorEntry, WeightFile, read_safetensors_header
 from llama_export.config.huggingface import config_from_dict, load_json_object
-from llama_export.config.llama import LlamaConfig
+from llama_export.config.llama import LlamaConfig, Task
 from llama_export.config.settings import VARIANTS
 from llama_export.errors import ArtifactMismatchError, ConfigError
 
@@ -54,7 +62,22 @@ class Bundle:
 
     folder: Path
     manifest: Manifest
-    config: LlamaConfig
+    stored: Mapping[str, TensorEntry]
+    """Where each tensor of the weight files lies, by its stored name; empty where the graph holds the weights."""
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The model's sizes and settings."""
+        return self.manifest.model
+
+    @property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """Where each weight of the graph lies, by its reference name.
+
+        Raises:
+            CheckpointError: the weight files do not hold what the config implies.
+        """
+        return match_tensors(self.folder, self.config, cast(Task, self.task), dict(self.stored))[0]
 
     @property
     def model_path(self) -> Path:
@@ -150,10 +173,13 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False, replacing: str | N
                 hint=_requantize(folder, made[name]) if name in made else "export again",
             )
     check_config(folder, manifest.model, only=_SIZES if ignore_hashes else None)
+    files, stored = read_headers(folder, [entry.file for entry in manifest.weights])
     if not ignore_hashes:
         for graph in manifest.functions.values():
             _check_hash(folder, graph.file, graph.sha256)
-        layers = {layer for entry in manifest.weights for layer in _check_weight_file(folder, entry)}
+        for entry, file in zip(manifest.weights, files, strict=True):
+            _check_weight_file(folder, entry, file, [one for one in stored.values() if one.file == entry.file])
+        layers = {int(found[1]) for name in stored if (found := _LAYER.search(name))}
         if manifest.weights and layers != set(range(manifest.model.num_hidden_layers)):
             raise ArtifactMismatchError(
                 "the weight files do not hold the layers that the manifest states",
@@ -166,7 +192,7 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False, replacing: str | N
             )
         for variant, record in manifest.quantized.items():
             _check_variant(folder, variant, record, manifest.functions["onnxruntime"].sha256)
-    return Bundle(folder, manifest, manifest.model)
+    return Bundle(folder, manifest, stored)
 
 
 def _requantize(folder: Path, variant: str) -> str:
@@ -286,15 +312,9 @@ def _check_hash(
         )
 
 
-def _check_weight_file(folder: Path, entry: WeightRecord) -> Iterator[int]:
+def _check_weight_file(folder: Path, entry: WeightRecord, file: WeightFile, tensors: Sequence[TensorEntry]) -> None:
     """Size, header and sample. Where no sample is recorded, the modification time decides, and where that differs the
-    content hash if there is one.
-
-    Returns:
-        The numbers of the decoder layers in the file.
-    """
-    path = folder / entry.file
-    file, tensors = read_safetensors_header(path)
+    content hash if there is one."""
     hint = "export again (the graph takes seconds; nothing is copied in place), or pass --ignore-hashes if you know the file is the same"
 
     def mismatch(got: object, expected: object, hint: str = hint) -> ArtifactMismatchError:
@@ -319,7 +339,6 @@ def _check_weight_file(folder: Path, entry: WeightRecord) -> Iterator[int]:
                 "else export again, or pass --ignore-hashes",
             )
         _check_hash(folder, entry.file, entry.sha256)
-    return (int(found[1]) for tensor in tensors if (found := _LAYER.search(tensor.name)))
 
 
 _LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.")

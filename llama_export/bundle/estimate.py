@@ -30,7 +30,7 @@ from llama_export.bundle.bundle import Bundle
 from llama_export.bundle.destination import Destination
 from llama_export.bundle.placement import shares_blocks
 from llama_export.checkpoint.checkpoint import Checkpoint
-from llama_export.checkpoint.safetensors import DTYPE_BYTES, read_safetensors_header
+from llama_export.checkpoint.safetensors import DTYPE_BYTES
 from llama_export.config.llama import Task, expected_tensors
 from llama_export.config.settings import EngineConfig, ExportConfig
 from llama_export.errors import ToolchainError
@@ -226,11 +226,8 @@ def build_work(bundle: Bundle, config: EngineConfig) -> BuildWork:
 
 def stored_dtype(bundle: Bundle) -> str:
     """The dtype of the embedding in the weight files. Where they are embedded it is taken for the compute dtype."""
-    for file in bundle.manifest.weights:
-        for entry in read_safetensors_header(bundle.folder / file.file)[1]:
-            if entry.name.endswith("embed_tokens.weight"):
-                return entry.dtype
-    return bundle.dtype
+    embedding = (entry for name, entry in bundle.stored.items() if name.endswith("embed_tokens.weight"))
+    return next((entry.dtype for entry in embedding), bundle.dtype)
 
 
 # ---- what this machine has --------------------------------------------------------------------------------------

@@ -44,7 +44,6 @@ from typing import NamedTuple
 from llama_export._system.files import is_plain_name, leads_out, open_regular
 from llama_export.bundle.bundle import Bundle
 from llama_export.bundle.manifest import variant_names
-from llama_export.checkpoint.safetensors import TensorEntry, read_safetensors_header
 from llama_export.config.llama import count_parameters
 from llama_export.config.settings import VARIANTS
 from llama_export.errors import ArtifactMismatchError
@@ -164,7 +163,6 @@ def _checked_places(bundle: Bundle, path: Path, tensors: Sequence[Tensor], by_he
     """Every tensor outside the graph lies within its file, and where the header of a safetensors file says."""
     weights = {entry.file for entry in bundle.manifest.weights}
     packed = {data for graph, data in map(variant_names, VARIANTS) if graph == path.name}
-    headers: dict[str, dict[str, TensorEntry]] = {}
     sizes: dict[str, int] = {}
     found: list[ExternalTensor] = []
     for tensor in tensors:
@@ -188,11 +186,9 @@ def _checked_places(bundle: Bundle, path: Path, tensors: Sequence[Tensor], by_he
         found.append(ExternalTensor(tensor.name, tensor.dtype, tensor.shape, file, offset, length))
         if not by_header or file in packed:
             continue
-        if file not in headers:
-            headers[file] = {entry.name: entry for entry in read_safetensors_header(bundle.folder / file)[1]}
-        entry = headers[file].get(tensor.name)
+        entry = bundle.stored.get(tensor.name)
         dtype = _STORED.get(tensor.dtype, f"data type {tensor.dtype}")
-        if entry is None or (dtype, tensor.shape, offset) != (entry.dtype, entry.shape, entry.offset):
+        if entry is None or (file, dtype, tensor.shape, offset) != (entry.file, entry.dtype, entry.shape, entry.offset):
             stored = "no such tensor" if entry is None else f"{entry.dtype} {list(entry.shape)} at byte {entry.offset}"
             raise Refused(
                 where, f"{dtype} {list(tensor.shape)} at byte {offset}", f"as in the header of `{file}`: {stored}"

@@ -94,8 +94,20 @@ def load_checkpoint(folder: Path, allow_config_keys: Collection[str] = (), *, ta
     resolved = resolve_task(task, config)
     names = _weight_file_names(folder)
     check_files(folder, names, hub_cache=True, error=CheckpointError)
+    files, entries = read_headers(folder, names)
+    tensors, dropped = match_tensors(folder, config, resolved, entries)
+    return Checkpoint(folder, config, tensors, tuple(files), resolved, dropped)
+
+
+def read_headers(folder: Path, names: Iterable[str]) -> tuple[list[WeightFile], dict[str, TensorEntry]]:
+    """The headers of some safetensors files: the files, and where each tensor lies, by its stored name.
+
+    Raises:
+        CheckpointError: see :func:`llama_export.checkpoint.safetensors.read_safetensors_header`; or a tensor that is
+            stored twice, or too many tensors.
+    """
+    files: list[WeightFile] = []
     entries: dict[str, TensorEntry] = {}
-    files = []
     for name in names:
         file, found = read_safetensors_header(folder / name)
         files.append(file)
@@ -108,8 +120,7 @@ def load_checkpoint(folder: Path, allow_config_keys: Collection[str] = (), *, ta
                     hint="remove the file that does not belong to this checkpoint",
                 )
             entries[entry.name] = entry
-    tensors, dropped = _match_tensors(folder, config, resolved, entries)
-    return Checkpoint(folder, config, tensors, tuple(files), resolved, dropped)
+    return files, entries
 
 
 def check_files(folder: Path, names: Iterable[str], *, hub_cache: bool, error: type[LlamaExportError]) -> None:
@@ -208,7 +219,7 @@ def _weight_file_names(folder: Path) -> list[str]:
     )
 
 
-def _match_tensors(
+def match_tensors(
     folder: Path, config: LlamaConfig, task: Task, stored: Mapping[str, TensorEntry]
 ) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
     """Reference name -> entry, and the stored names that are not used."""

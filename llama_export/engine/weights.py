@@ -17,9 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_export.bundle.bundle import Bundle
-from llama_export.checkpoint.checkpoint import load_checkpoint
 from llama_export.checkpoint.safetensors import TensorEntry
-from llama_export.config.huggingface import load_json_object
 from llama_export.config.settings import EngineWeights
 from llama_export.engine.sidecar import EngineWeightTensors
 from llama_export.errors import ArtifactMismatchError, ConfigError
@@ -43,9 +41,7 @@ def bundle_tensors(bundle: Bundle) -> list[TensorEntry]:
             details={"bundle": bundle.folder, "expected": "*.safetensors beside the graph"},
             hint="build with --weights constant, or export without --weights embed",
         )
-    keys = load_json_object(bundle.folder / "config.json").keys()  # the export has judged them
-    tensors = load_checkpoint(bundle.folder, keys, task=bundle.task).tensors.values()
-    return sorted(tensors, key=lambda entry: entry.name)
+    return sorted(bundle.tensors.values(), key=lambda entry: entry.name)
 
 
 def require_stored_dtype(bundle: Bundle, entries: Sequence[TensorEntry]) -> None:

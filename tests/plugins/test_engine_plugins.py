@@ -291,9 +291,9 @@ def test_without_the_parsers_name_for_its_library_the_process_survives(bundle: B
     """In a fresh process, where nothing has loaded anything: a build, not an abort."""
     code = textwrap.dedent(f"""
         from pathlib import Path
-        from llama_export.bundle import load_bundle
-        from llama_export.config import EngineConfig
-        from llama_export.engine import build_engine
+        from llama_export.bundle.bundle import load_bundle
+        from llama_export.config.settings import EngineConfig
+        from llama_export.engine.build import build_engine
         result = build_engine(load_bundle(Path({str(bundle.folder)!r})), EngineConfig(max_seq_len=16, force=True))
         print(sum(result.plugin_layers.values()))
     """)

@@ -121,7 +121,7 @@ def test_holds_what_it_should_and_no_more(wheels: dict[str, Path]) -> None:
     with zipfile.ZipFile(wheels["llama_export"]) as archive:
         names = set(archive.namelist())
     assert {"llama_export/py.typed", "llama_export/cli/main.py"} <= names
-    assert any(name.startswith("llama_export/parity/templates/") for name in names)
+    assert any(name.startswith("llama_export/parity/report/templates/") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"llama_export"}
 
 

@@ -326,7 +326,7 @@ def _render(template: str, report: ParityReport, **more: Any) -> str:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("llama_export.parity"),
+        loader=PackageLoader("llama_export.parity.report"),
         autoescape=lambda name: name is not None and ".html" in name,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from llama_export.bundle.bundle import Bundle, load_bundle
-from llama_export.errors import ConfigError
-from llama_export.graph.io import INTERFACES
-from llama_export.parity.faults.faults import (
+from fault_catalogue import (
     EQUIVALENT,
     FAULTS,
     KERNELS,
@@ -27,6 +23,10 @@ from llama_export.parity.faults.faults import (
     inject_equivalent,
     inject_rounding,
 )
+
+from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.errors import ConfigError
+from llama_export.graph.io import INTERFACES
 from llama_export.parity.judge import ValidateConfig
 from llama_export.parity.report.result import Stage
 from llama_export.parity.stages.causal import STAGES

@@ -1,1 +1,0 @@
-"""A catalogue of faults put into models, to prove the validator."""
