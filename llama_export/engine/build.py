@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from llama_export import __version__
 from llama_export._system.commit import commit, staging_folder
@@ -43,6 +43,7 @@ from llama_export.bundle.destination import json_bytes, unchanged, write_error
 from llama_export.bundle.estimate import estimate_build
 from llama_export.bundle.graph_check import DOMAIN, check_graph
 from llama_export.bundle.placement import Progress
+from llama_export.checkpoint.safetensors import TensorEntry
 from llama_export.config.llama import DType, Task
 from llama_export.config.settings import CUSTOM_OPS, EngineConfig
 from llama_export.engine import plugins
@@ -139,7 +140,96 @@ def build_engine(
         EngineBuildError: the parser or builder refused, or made something else than the config implies. Nothing is left
             behind.
     """
-    config = config or EngineConfig()
+    job = _planned(bundle, config or EngineConfig())
+    estimate = estimate_build(bundle, job.config, log)
+    start = time.perf_counter()
+    log(
+        f"build: {job.config.backend} {job.trt.__version__}, {job.config.ops} ops, {bundle.dtype}, "
+        f"{bundle.task}, up to {job.capacity} tokens, batch 1..{job.max_batch}, weights {job.config.weights}"
+    )
+    proto = tensorrt_proto(job.onnx, bundle, job.capacity, job.plugin_ops)
+    if job.config.weights == "input":
+        make_weights_inputs(job.onnx, proto, job.tensors)
+    weights = MappedWeights(bundle.folder, proto)
+    network = _checked_network(job, proto, weights)
+    log(f"build: parsed {network.layers} layers in {time.perf_counter() - start:.1f} s, network checked")
+    if job.library is not None:
+        counts = ", ".join(f"{count} {op}" for op, count in network.plugin_layers.items())
+        log(f"build: plugin layers: {counts}; library {job.library.version}")
+    with engine_staging(job.target) as staged:
+        with weights:
+            plan = _serialize(job, network, progress, staged)
+        seconds = round(time.perf_counter() - start, 3)
+        sidecar = _sidecar(job, proto, network, plan, seconds)
+        sidecar = _with_plan_facts(staged, sidecar, bundle)
+        _check_targets(sidecar, job.config, job.library)
+        if copied := sidecar.weights_copied_per_run:
+            log(
+                f"build: TensorRT brings {', '.join(copied)} into another layout in every run; --weights constant does it once "
+                "(a vocabulary that is a multiple of 8 and plugin ops avoid it)"
+            )
+        write_sidecar(staged, sidecar)
+        commit_engine(staged, bundle)
+    log(f"build: done in {seconds:.1f} s, {plan.nbytes:,} bytes, {ENGINES_NAME}/{job.target.name}")
+    return EngineResult(
+        engine=str(job.target),
+        backend=job.config.backend,
+        ops=job.config.ops,
+        plugin_layers=network.plugin_layers,
+        weights=job.config.weights,
+        bytes=plan.nbytes,
+        seconds=seconds,
+        peak_rss_bytes=peak_rss_bytes(),
+        estimate=estimate.to_json(),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What is built, from what and with what."""
+
+    bundle: Bundle
+    config: EngineConfig
+    capacity: int
+    """C, tokens."""
+    target: Path
+    """Where the engine will be."""
+    tensors: list[TensorEntry]
+    """Weights that stay outside the engine."""
+    plugin_ops: frozenset[str]
+    """The graph's ops that become plugin layers."""
+    library: plugins.PluginLibrary | None
+    trt: Any
+    """The backend's Python module."""
+    onnx: Any
+
+    @property
+    def max_batch(self) -> int:
+        """Rows."""
+        return max_batch(self.bundle, self.config)
+
+    @property
+    def profiles(self) -> Profiles:
+        """The shapes that each optimization profile allows."""
+        return engine_profiles(self.bundle, self.capacity, self.max_batch, self.config.profiles)
+
+
+class _Network(NamedTuple):
+    """A parsed and checked network. It refers to its parser's memory, which must live until it is built."""
+
+    network: Any
+    parser: Any
+    builder: Any
+    messages: Any
+    layers: int
+    checked_layers: dict[str, int]
+    """What of them the sidecar counts."""
+    plugin_layers: dict[str, int]
+    """op -> layers of our plugins."""
+
+
+def _planned(bundle: Bundle, config: EngineConfig) -> _Job:
+    """Everything that can be refused before a graph is read."""
     capacity = resolve_capacity(bundle.config, config.max_seq_len)
     target = _free_target(bundle, config, capacity)
     tensors = bundle_tensors(bundle) if config.weights != "constant" else []
@@ -149,86 +239,56 @@ def build_engine(
     _check_buildable(config)
     onnx = load_onnx(config.backend)
     plugin_ops = config.plugin_ops & bundle.ops
-    library = _plugin_library(config) if plugin_ops else None
-    estimate = estimate_build(bundle, config, log)
+    return _Job(
+        bundle=bundle, config=config, capacity=capacity, target=target, tensors=tensors, plugin_ops=plugin_ops,
+        library=_plugin_library(config) if plugin_ops else None, trt=trt, onnx=onnx,
+    )  # fmt: skip
 
-    start = time.perf_counter()
-    log(
-        f"build: {config.backend} {trt.__version__}, {config.ops} ops, {bundle.dtype}, "
-        f"{bundle.task}, up to {capacity} tokens, batch 1..{max_batch(bundle, config)}, weights {config.weights}"
-    )
-    proto = tensorrt_proto(onnx, bundle, capacity, plugin_ops)
-    if config.weights == "input":
-        make_weights_inputs(onnx, proto, tensors)
-    weights = MappedWeights(bundle.folder, proto)
-    messages = message_log(trt)
-    builder = trt.Builder(messages)
+
+def _checked_network(job: _Job, proto: Any, weights: MappedWeights) -> _Network:
+    """The graph parsed by TensorRT and held to the config."""
+    messages = message_log(job.trt)
+    builder = job.trt.Builder(messages)
     builder.max_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if library is not None:
-        _load_plugins(trt, library, bundle, config)
-    # The network refers to the parser's memory and to the mapped weights: both must live until it is built.
-    network, parser = _parse(trt, builder, proto, bundle.model_path, weights, messages, library)
-    inputs = weight_io(tensors) if config.weights == "input" else ()
-    layers, plugin_layers = check_network(trt, network, proto, bundle, capacity, plugin_ops, inputs)
-    log(f"build: parsed {network.num_layers} layers in {time.perf_counter() - start:.1f} s, network checked")
-    if library is not None:
-        counts = ", ".join(f"{count} {op}" for op, count in plugin_layers.items())
-        log(f"build: plugin layers: {counts}; library {library.version}")
-    profiles = engine_profiles(bundle, capacity, max_batch(bundle, config), config.profiles)
-    with engine_staging(target) as staged:
-        with weights:
-            plan = _serialize(trt, builder, network, config, plugin_ops, profiles, messages, progress, staged)
-        del parser, network
-        seconds = time.perf_counter() - start
-        sidecar = EngineSidecar(
-            created_by=CreatedBy(llama_export=__version__, onnx=onnx.__version__),
-            backend=config.backend,
-            backend_version=trt.__version__,
-            ops=config.ops,
-            plugin_layers=plugin_layers,
-            plugin_library=None if library is None else PluginIdentity(**library.identity),  # type: ignore[arg-type]
-            onnx_sha256=sha256_of_file(bundle.model_path),
-            engine_sha256=plan.sha256,
-            bytes=plan.nbytes,
-            model=bundle.manifest.to_json()["model"],
-            task=cast(Task, bundle.task),
-            dtype=cast(DType, bundle.dtype),
-            weights=weights_record(config.weights, tensors),
-            network_sha256=network_sha256(proto) if config.weights == "input" else None,
-            max_seq_len=capacity,
-            kv_cache_capacity=capacity if INTERFACES[bundle.task].has_cache else None,
-            max_batch=max_batch(bundle, config),
-            profiles=profiles,
-            io=engine_io(bundle, capacity),
-            layers=layers,
-            settings=engine_settings(bundle, config),
-            cuda_major=cuda_major(config.backend),
-            compute_capabilities=(),  # these and the three below are read from the plan
-            forward_compatible=False,
-            weights_copied_per_run=(),
-            compiled_graphs_sha256=None,
-            build_seconds=round(seconds, 3),
-        )
-        sidecar = _with_plan_facts(staged, sidecar, bundle)
-        _check_targets(sidecar, config, library)
-        if copied := sidecar.weights_copied_per_run:
-            log(
-                f"build: TensorRT brings {', '.join(copied)} into another layout in every run; --weights constant does it once "
-                "(a vocabulary that is a multiple of 8 and plugin ops avoid it)"
-            )
-        write_sidecar(staged, sidecar)
-        commit_engine(staged, bundle)
-    log(f"build: done in {seconds:.1f} s, {plan.nbytes:,} bytes, {ENGINES_NAME}/{target.name}")
-    return EngineResult(
-        engine=str(target),
+    if job.library is not None:
+        _load_plugins(job.trt, job.library, job.bundle, job.config)
+    network, parser = _parse(job.trt, builder, proto, job.bundle.model_path, weights, messages, job.library)
+    inputs = weight_io(job.tensors) if job.config.weights == "input" else ()
+    layers, plugin_layers = check_network(job.trt, network, proto, job.bundle, job.capacity, job.plugin_ops, inputs)
+    return _Network(network, parser, builder, messages, network.num_layers, layers, plugin_layers)
+
+
+def _sidecar(job: _Job, proto: Any, network: _Network, plan: Any, seconds: float) -> EngineSidecar:
+    """What is known of the engine before its plan was read."""
+    bundle, config, library = job.bundle, job.config, job.library
+    return EngineSidecar(
+        created_by=CreatedBy(llama_export=__version__, onnx=job.onnx.__version__),
         backend=config.backend,
+        backend_version=job.trt.__version__,
         ops=config.ops,
-        plugin_layers=plugin_layers,
-        weights=config.weights,
+        plugin_layers=network.plugin_layers,
+        plugin_library=None if library is None else PluginIdentity(**library.identity),  # type: ignore[arg-type]
+        onnx_sha256=sha256_of_file(bundle.model_path),
+        engine_sha256=plan.sha256,
         bytes=plan.nbytes,
-        seconds=round(seconds, 3),
-        peak_rss_bytes=peak_rss_bytes(),
-        estimate=estimate.to_json(),
+        model=bundle.manifest.to_json()["model"],
+        task=cast(Task, bundle.task),
+        dtype=cast(DType, bundle.dtype),
+        weights=weights_record(config.weights, job.tensors),
+        network_sha256=network_sha256(proto) if config.weights == "input" else None,
+        max_seq_len=job.capacity,
+        kv_cache_capacity=job.capacity if INTERFACES[bundle.task].has_cache else None,
+        max_batch=job.max_batch,
+        profiles=job.profiles,
+        io=engine_io(bundle, job.capacity),
+        layers=network.checked_layers,
+        settings=engine_settings(bundle, config),
+        cuda_major=cuda_major(config.backend),
+        compute_capabilities=(),  # these and the three below are read from the plan
+        forward_compatible=False,
+        weights_copied_per_run=(),
+        compiled_graphs_sha256=None,
+        build_seconds=seconds,
     )
 
 
@@ -403,13 +463,11 @@ def _parser_error(error: Any) -> str:
     return f"node {error.node()} `{where}` ({error.node_operator()}), {error.code()}: {error.desc()}"
 
 
-def _serialize(
-    trt: Any, builder: Any, network: Any, config: EngineConfig, plugin_ops: Collection[str], profiles: Profiles,
-    messages: Any, progress: Progress, path: Path,
-) -> Any:  # fmt: skip
+def _serialize(job: _Job, parsed: _Network, progress: Progress, path: Path) -> Any:
     """Builds the plan into a file, as it is serialised: it is never in memory as a whole. Gives its ``nbytes`` and ``sha256``."""
+    trt, config, builder, messages = job.trt, job.config, parsed.builder, parsed.messages
     settings = builder.create_builder_config()
-    for shapes in profiles.values():
+    for shapes in job.profiles.values():
         profile = builder.create_optimization_profile()
         for name, (smallest, usual, largest) in shapes.items():
             profile.set_shape(name, smallest, usual, largest)
@@ -429,15 +487,15 @@ def _serialize(
         settings.set_flag(trt.BuilderFlag.STRIP_PLAN)  # implies that it can be refitted
     if config.version_compatible:
         settings.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if ATTENTION in plugin_ops:
+    if ATTENTION in job.plugin_ops:
         with deferred():
-            _check_aliasing(builder, network, settings, messages)
+            _check_aliasing(builder, parsed.network, settings, messages)
         settings.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     plan = plan_writer(trt, path)
     try:
         with deferred() as signalled:
             settings.progress_monitor = monitor = progress_monitor(trt, progress, signalled)
-            built = builder.build_serialized_network_to_stream(network, settings, plan)
+            built = builder.build_serialized_network_to_stream(parsed.network, settings, plan)
     finally:
         plan.close()
     for error in (monitor.error, plan.error):
