@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ from llama_export.bundle.bundle import Bundle, load_bundle
 from llama_export.config.settings import EngineConfig, ExportConfig
 from llama_export.engine.build import build_engine
 from llama_export.export.export import export_checkpoint
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; the tests interrupt themselves
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Awkward on purpose: G < H, H * D != hidden, nothing a power of two but D, vocabulary odd.
 TINY: dict[str, Any] = {
