@@ -1,4 +1,4 @@
-"""What an export or a build will cost, from ``config.json`` and the headers of the weight files; refused if it cannot fit.
+"""What an export or a build will cost, from ``config.json`` and the headers of the weight files.
 
 Role: between the plans of an export or a build and their work. Nothing here opens a tensor, and nothing is written but a
 probe for reflinks, which is removed again.
@@ -8,11 +8,11 @@ Each formula is a sum of products, fitted to whole processes on 2 cores of an AM
 measures again and prints estimate beside measured; ``tests/test_estimate.py`` holds the formulas to the file: memory within
 10 %, engines within 5 %, seconds within a factor of 2.
 
-* Memory is exact enough to refuse on. Half or so of it is pages of files (libraries, mapped weights), which the system takes
-  back when it needs them: only the rest, ``held_bytes``, must fit, and a refusal needs it to exceed by :data:`MARGIN` what
-  is available.
-* Seconds are CPU seconds of the whole process, imports included, on a machine like that one. A slow disk adds to them. Nothing
-  is refused for them.
+* Disk is known exactly, so what cannot be written is refused.
+* Memory is predicted, so it is only warned about. Half or so of it is pages of files (libraries, mapped weights), which the
+  system takes back when it needs them: only the rest, ``held_bytes``, must fit, and a warning needs it to exceed by
+  :data:`MARGIN` what is available.
+* Seconds are CPU seconds of the whole process, imports included, on a machine like that one. A slow disk adds to them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from llama_export.errors import ToolchainError
 from llama_export.graph.io import INTERFACES
 
 MARGIN = 1.1
-"""A refusal for memory needs so many times what is available; the formulas are within 10 % of what was measured."""
+"""A warning about memory needs so many times what is available; the formulas are within 10 % of what was measured."""
 _MB, _GB = 10**6, 10**9
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -255,7 +255,7 @@ def estimate_export(
     """Logs what an export will cost, in one line.
 
     Raises:
-        ToolchainError: it does not fit, and ``config.ignore_estimate`` is off.
+        ToolchainError: the disk is too small, and ``config.ignore_estimate`` is off.
     """
     found = export_work(checkpoint, destination, config, converted_bytes).estimate()
     one_device = checkpoint.folder.stat().st_dev == destination.existing.stat().st_dev
@@ -266,16 +266,17 @@ def estimate_export(
         disk_hint = f"leave --convert-weights out: the graph casts, and in place (no -o){links} nothing is copied"
     else:
         disk_hint = f"export in place (without -o){links}: no weights are written then"
-    refusal = _refusal(found, destination.existing, "export", disk_hint)
+    refusal = _refusal(found, destination.existing, "weights", disk_hint)
     _say(f"export: {_line(found)} of weights to write", refusal, config.ignore_estimate, log)
+    _warn_of_memory(found, "export", "end what uses the memory", log)
     return found
 
 
 def estimate_build(bundle: Bundle, config: EngineConfig, log: Callable[[str], None]) -> Estimate:
-    """Logs what a build will cost, in one line. Nothing is refused for a backend or a mode that was never measured.
+    """Logs what a build will cost, in one line. A backend or a mode that was never measured is neither refused nor warned about.
 
     Raises:
-        ToolchainError: it does not fit, and ``config.ignore_estimate`` is off.
+        ToolchainError: the disk is too small, and ``config.ignore_estimate`` is off.
     """
     found = build_work(bundle, config).estimate()
     hint = ""
@@ -286,9 +287,11 @@ def estimate_build(bundle: Bundle, config: EngineConfig, log: Callable[[str], No
             if (stored := stored_dtype(bundle)) != bundle.dtype:
                 hint += f", once the bundle is exported with --dtype {stored} or --convert-weights"
     is_measured = config.backend == "tensorrt-rtx" and config.weights != "stripped"
-    refusal = _refusal(found, bundle.folder, "build", hint, hint) if is_measured else None
+    refusal = _refusal(found, bundle.folder, "the engine", hint) if is_measured else None
     note = "" if is_measured else " (not measured for this backend or these weights)"
     _say(f"build: {_line(found)} of engine to write{note}", refusal, config.ignore_estimate, log)
+    if is_measured:
+        _warn_of_memory(found, "build", hint or "end what uses the memory", log)
     return found
 
 
@@ -298,34 +301,30 @@ def _line(found: Estimate) -> str:
     return f"about {_duration(found.seconds)}, {memory}, {_size(found.disk_bytes)}"
 
 
-def _refusal(found: Estimate, folder: Path, command: str, disk_hint: str, ram_hint: str = "") -> ToolchainError | None:
-    """Why it does not fit; None: it does, or the system does not tell."""
-    override = "or pass --ignore-estimate"
+def _refusal(found: Estimate, folder: Path, what: str, hint: str) -> ToolchainError | None:
+    """Why the disk cannot hold it; None: it can, or the system does not tell."""
     free = free_disk(folder)
-    if free is not None and found.disk_bytes > free:
-        what = "weights" if command == "export" else "the engine"
-        return ToolchainError(
-            "no space left",
-            details={"where": folder, "got": f"{free} bytes free", "expected": f"{found.disk_bytes} bytes of {what}"},
-            hint="; ".join(part for part in ("free some space", disk_hint, override) if part),
-        )
+    if free is None or found.disk_bytes <= free:
+        return None
+    return ToolchainError(
+        "no space left",
+        details={"where": folder, "got": f"{free} bytes free", "expected": f"{found.disk_bytes} bytes of {what}"},
+        hint="; ".join(part for part in ("free some space", hint, "or pass --ignore-estimate") if part),
+    )
+
+
+def _warn_of_memory(found: Estimate, command: str, hint: str, log: Callable[[str], None]) -> None:
     memory = available_memory()
     if memory is not None and found.held_bytes > MARGIN * memory:
         need = _size(found.held_bytes)
-        return ToolchainError(
-            f"this {command} needs about {need} of memory",
-            details={"got": f"{_size(memory)} available", "expected": f"{need}, besides pages of files"},
-            hint=f"{ram_hint or 'end what uses the memory'}, {override}",
-        )
-    return None
+        log(f"{command}: warning: about {need} of memory are needed and {_size(memory)} are available; {hint}")
 
 
 def _say(line: str, refusal: ToolchainError | None, ignore: bool, log: Callable[[str], None]) -> None:
     if refusal is None:
         log(line)
     elif ignore:
-        got = refusal.details["got"]
-        log(f"{line}; warning: {refusal.message}, {got}: going on for --ignore-estimate")
+        log(f"{line}; warning: {refusal.message}, {refusal.details['got']}: going on for --ignore-estimate")
     else:
         raise refusal
 

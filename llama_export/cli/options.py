@@ -18,7 +18,7 @@ ignore_hashes_flag = click.option(
     "--ignore-hashes", is_flag=True, help="Open the bundle although a file differs from the manifest."
 )
 ignore_estimate_flag = click.option(
-    "--ignore-estimate", is_flag=True, help="Go on although the estimate says that disk or memory do not suffice."
+    "--ignore-estimate", is_flag=True, help="Go on although the disk is too small by the estimate."
 )
 
 

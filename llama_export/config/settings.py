@@ -44,7 +44,7 @@ class ExportConfig:
     allow_config_keys: tuple[str, ...] = ()
     """Unknown ``config.json`` keys the user vouches for."""
     ignore_estimate: bool = False
-    """Go on although the estimate says that disk or memory do not suffice."""
+    """Go on although the disk is too small by the estimate."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -89,7 +89,7 @@ class EngineConfig:
     force: bool = False
     """Replace an engine of the same name."""
     ignore_estimate: bool = False
-    """Go on although the estimate says that disk or memory do not suffice."""
+    """Go on although the disk is too small by the estimate."""
 
     def __post_init__(self) -> None:
         check_fields(self)
