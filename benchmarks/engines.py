@@ -114,7 +114,6 @@ class LlamaExportEngine(Engine):
             checkpoint, max_seq_len=workload.capacity, threads=workload.threads,
             quantize=None if self.precision == "float32" else self.precision,
         )  # fmt: skip
-        self.llm.session.settle()  # huge pages are gathered in the background, for longer than the warm-up of a large model
 
     def generate(self, workload: Workload) -> Run:
         from llama_export.runtime.generation import generate

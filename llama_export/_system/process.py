@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import mmap
 import os
 import resource
 import sys
@@ -104,3 +105,24 @@ def collector_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def granule_of_large_arrays() -> int:
+    """Bytes that come into memory when one byte of a large zeroed array of numpy is first written.
+
+    numpy asks for huge pages for arrays of 4 MiB and more, which the system grants unless it is set to ``never``.
+    Source: https://numpy.org/doc/stable/reference/global_state.html (hugepages)
+    """
+    try:
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return mmap.PAGESIZE
+    return mmap.PAGESIZE if "[never]" in setting else _huge_page_bytes() or mmap.PAGESIZE
+
+
+def _huge_page_bytes() -> int:
+    """Size of a huge page; 0 where there are none."""
+    try:
+        return int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
+    except (OSError, ValueError):
+        return 0

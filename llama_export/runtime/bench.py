@@ -113,7 +113,6 @@ def bench_bundle(
     start = time.perf_counter()
     session = make_session()
     load_seconds = time.perf_counter() - start
-    session.settle()
     prompt = np.random.default_rng(0).integers(0, bundle.config.vocab_size, prompt_tokens).tolist()
     params = SamplingParams(max_new_tokens=new_tokens)
     firsts: list[float] = []

@@ -68,9 +68,6 @@ class EngineSession(CacheRows):
         """The engine's ``max_batch``: its memory is taken when it is loaded."""
         return self.sidecar.max_batch
 
-    def settle(self) -> None:
-        """Nothing is left to do once an engine is loaded."""
-
     def reset(self, batch_size: int | None = None) -> None:
         """Forgets all tokens, and may change the number of rows. Old entries stay in the buffers, finite and never seen.
 

@@ -10,15 +10,13 @@ import ctypes
 import io
 import math
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from llama_export._system.files import open_regular
-from llama_export._system.huge_pages import gather_huge_pages
 from llama_export._system.process import available_memory, trim_heap
 from llama_export.bundle.bundle import Bundle
 from llama_export.bundle.graph_check import check_graph
@@ -44,8 +42,6 @@ class OpenGraph(NamedTuple):
     """An ``InferenceSession``."""
     note: str | None
     """What a user must know about its precision and speed, if anything."""
-    settle: Callable[[], None] = lambda: None
-    """Waits until it runs as fast as it can."""
     weights: Sequence[Any] = ()
     """Those that were read into memory: the session uses them where they are."""
 
@@ -101,11 +97,7 @@ def open_graph(
         )
     session = _open(onnxruntime, path, options, ["CPUExecutionProvider"], disabled_optimizers=disabled)
     trim_heap()  # of what packing the weights took for a while
-    if size < _GATHERED_FROM:
-        return OpenGraph(onnxruntime, session, note, weights=weights)
-    gathering = threading.Thread(target=gather_huge_pages, name="gather_huge_pages", daemon=True)
-    gathering.start()
-    return OpenGraph(onnxruntime, session, note, gathering.join, weights)
+    return OpenGraph(onnxruntime, session, note, weights)
 
 
 def _weights(onnxruntime: Any, bundle: Bundle, path: Path, options: Any, read: bool) -> list[Any]:
@@ -213,8 +205,6 @@ def _open(onnxruntime: Any, path: Path, options: Any, providers: Sequence[Any], 
         ) from err
 
 
-_GATHERED_FROM = 64 << 20
-"""Bytes of float32 weights from which huge pages are worth a thread: smaller ones stay in the processor's caches."""
 _WIDENING = 2.2
 """Peak memory of onnxruntime 1.32's constant folding over the size of the float32 weights it makes (1.2B: 10.8 GB)."""
 

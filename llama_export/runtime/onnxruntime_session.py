@@ -16,8 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from llama_export._system.huge_pages import granule_of_large_arrays
-from llama_export._system.process import available_memory
+from llama_export._system.process import available_memory, granule_of_large_arrays
 from llama_export.bundle.bundle import Bundle
 from llama_export.errors import ConfigError, ShapeError, ToolchainError
 from llama_export.graph.io import INTERFACES
@@ -93,11 +92,6 @@ class OnnxRuntimeSession(CacheRows):
         self._buffers: dict[str, CacheBuffer] = {}
         """Graph input name -> the buffer [B, G, C, D] that is both past and present."""
         self._allocate(batch_size)
-
-    def settle(self) -> None:
-        """Waits until the session runs as fast as it can: its weights are still being gathered into huge pages after it
-        was opened. Nothing else depends on it."""
-        self._graph.settle()
 
     def most_rows(self, length: int, width: int) -> int:
         """See :meth:`CacheRows.most_rows`. On a GPU only :data:`MAX_ROWS` counts."""

@@ -66,9 +66,6 @@ class CacheSession(Session, Protocol):
     def past_length(self) -> Int64Array:
         """[B], tokens that each row holds; advanced by :meth:`step` once its numbers are there."""
 
-    def settle(self) -> None:
-        """Waits until the session runs as fast as it can. For who measures; nothing else depends on it."""
-
     def reset(self, batch_size: int | None = None) -> None:
         """Forgets all tokens, and may change the number of rows.
 
