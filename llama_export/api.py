@@ -174,7 +174,7 @@ def validate_bundle(
 
     Raises:
         ConfigError: not a bundle, or a stage that does not exist.
-        MissingDependencyError: torch or onnx is not installed; with ``report``, matplotlib.
+        MissingDependencyError: torch or onnx is not installed.
     """
     opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     folder = None if report is None else checked_path(report, "report")
@@ -183,9 +183,9 @@ def validate_bundle(
     settings = _config(config, judge.ValidateConfig)
     if folder is None:
         return validate.validate_bundle(opened, settings, log=log)
-    from llama_export.parity.report.pages import require_plots, write_report
+    from llama_export.parity.report.pages import check_plots, write_report
 
-    require_plots()  # before the work
+    check_plots()  # before the work
     found = validate.validate_bundle(opened, settings, log=log)
     write_report(found, folder)
     return found

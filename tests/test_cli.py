@@ -383,13 +383,14 @@ def test_build_prints_the_keys_of_the_contract(bundle: Path, capsys: Capture, mo
     assert capsys.readouterr().out == "x.engine\n"
 
 
-def test_validate_without_matplotlib_says_so_before_the_work(
-    bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+def test_validate_without_matplotlib_has_a_verdict_and_a_page_without_figures(
+    bundle: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("llama_export.parity.validate.validate_bundle", None)
-    assert main(["validate", str(bundle)]) == 3
-    assert "pip install '.[parity]'" in capsys.readouterr().err
+    assert main(["validate", str(bundle), "--stages", "onnxruntime/in-place", "--report", str(tmp_path)]) == 0
+    page = (tmp_path / "parity.html").read_text()
+    assert "No figures: they need matplotlib" in page
+    assert "<svg" not in page
 
 
 def test_validate_prints_the_report_and_says_where_it_is(bundle: Path, tmp_path: Path, capsys: Capture) -> None:

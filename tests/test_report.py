@@ -7,7 +7,6 @@ import io
 import json
 import math
 import re
-import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from llama_export.errors import MissingDependencyError
 from llama_export.parity.report import wording
 from llama_export.parity.report.pages import (
     html_from_report,
@@ -348,13 +346,6 @@ def test_summary_fits_80_columns_without_colour_codes(monkeypatch: pytest.Monkey
         assert expected in shown
     assert shown.count("PASS") == 4
     assert "l2_over_noise_floor" in printed(a_report(*stages), width=120)
-
-
-def test_missing_matplotlib_is_named_and_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingDependencyError, match="matplotlib"):
-        write_report(REPORTS["pass"], tmp_path / "report")
-    assert not (tmp_path / "report").exists()
 
 
 def test_an_earlier_report_is_replaced(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def validate(
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)  # before the imports, which take seconds
     from llama_export.parity.judge import ValidateConfig
     from llama_export.parity.report import journal
-    from llama_export.parity.report.pages import print_summary, report_folder, require_plots, write_report
+    from llama_export.parity.report.pages import check_plots, print_summary, report_folder, write_report
     from llama_export.parity.validate import validate_bundle
 
     folder = report_folder(bundle) if report is None else report
@@ -56,7 +56,7 @@ def validate(
         stages=_names(stages), require=_names(require), steps=steps, seed=seed, text=text, cases=folder / "operations",
         checkpoint=checkpoint, journal=folder / journal.FOLDER, resume=resume,
     )  # fmt: skip
-    require_plots()  # minutes of work must not end without the report
+    check_plots()  # minutes of work must not end without the report
     try:
         with progress_bar("stages") as progress:
             found = validate_bundle(opened, config, log=log, progress=progress)

@@ -2,11 +2,12 @@
 What changed between two of them (:class:`ReportDiff`) goes to a terminal or a comment.
 
 Role: the last step of ``validate``. It judges nothing: verdicts come from :mod:`llama_export.parity.report.result`, and every
-form shows the same ones. A stage that did not run is listed as such in each of them. Needs matplotlib for the plots.
+form shows the same ones. A stage that did not run is listed as such in each of them. Figures need matplotlib.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -26,7 +27,7 @@ from llama_export import __version__
 from llama_export._system.files import leads_out
 from llama_export._system.text import printable
 from llama_export.bundle.destination import json_bytes, write_atomically, write_error
-from llama_export.errors import ConfigError, MissingDependencyError
+from llama_export.errors import ConfigError
 from llama_export.parity.report.diff import ReportDiff, StageDiff
 from llama_export.parity.report.plots import plot_logits, plot_overview, plot_series
 from llama_export.parity.report.result import ParityReport
@@ -52,17 +53,12 @@ from llama_export.parity.report.wording import (
 )
 
 
-def require_plots() -> None:
-    """Raises now what :func:`write_report` would raise after the work.
+def check_plots() -> bool:
+    """Whether figures can be drawn: whether matplotlib is installed. A report without figures says how to get them.
 
     Raises:
-        MissingDependencyError: matplotlib is not installed.
-        ConfigError: SOURCE_DATE_EPOCH, which matplotlib reads, is not a time.
+        ConfigError: SOURCE_DATE_EPOCH, which matplotlib reads, is not a time; better now than after the work.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as err:
-        raise MissingDependencyError("matplotlib", "parity") from err
     stated = os.environ.get("SOURCE_DATE_EPOCH")
     try:
         datetime.fromtimestamp(int(stated or 0), UTC)
@@ -72,6 +68,10 @@ def require_plots() -> None:
             details={"got": ascii(stated), "expected": "seconds since 1970, as in 1700000000"},
             hint="unset it",
         ) from err
+    try:
+        return importlib.util.find_spec("matplotlib") is not None
+    except ValueError:  # blocked in sys.modules
+        return False
 
 
 def report_folder(bundle: Path) -> Path:
@@ -97,13 +97,12 @@ def write_report(report: ParityReport, folder: Path, *, plots: bool = True) -> d
     Args:
         report: what a validation found.
         folder: made if need be; files of an earlier report in it are replaced one by one.
-        plots: draw them, which takes a second or more.
+        plots: draw them where matplotlib is installed, which takes a second or more.
 
     Returns:
         Paths by kind: ``html``, ``markdown``, ``junit``, ``json``.
 
     Raises:
-        MissingDependencyError: matplotlib is not installed; nothing is written.
         ToolchainError: no space. ExportError: any other failure to write.
     """
     files = {
@@ -128,18 +127,14 @@ _PARTIAL = re.compile(r"\.(?:parity\.html|parity\.md|junit\.xml|parity\.json)\.[
 
 
 def html_from_report(report: ParityReport, *, plots: bool = True) -> str:
-    """One page without scripts or external resources.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
+    """One page without scripts or external resources; without figures where matplotlib is not installed."""
     drawings: dict[str, Any] = (
         {
             "overview": None,
             "plots": [],
             "logits": [],
         }
-        if not plots
+        if not plots or not check_plots()
         else {
             "overview": plot_overview(report),
             "plots": [(stage, *plot) for stage in report.stages for plot in plot_series(stage)],
