@@ -128,6 +128,10 @@ def test_help_imports_neither_numpy_nor_anything_heavy() -> None:
     assert not {name.partition(".")[0] for name in said} & {*HEAVY, "numpy", "jinja2", "tokenizers", "rich"}
 
 
+def test_operators_of_the_evaluator_share_no_code_with_what_they_judge() -> None:
+    assert not own_units(PACKAGE / "parity" / "oracle" / "operators.py", deep=True)
+
+
 def test_parity_results_and_metrics_need_no_torch() -> None:
     for path in (*(PACKAGE / "parity" / "report").glob("*.py"), PACKAGE / "parity" / "metrics.py"):
         assert not outside(path, deep=False) & HEAVY, path

@@ -1,4 +1,11 @@
-"""The operators that the evaluator knows, in PyTorch, at any floating-point dtype."""
+"""The operators that the evaluator knows, in PyTorch, at any floating-point dtype.
+
+Written from the specifications, and sharing no code with the reference model or the ops' eager bodies: where both agree,
+two sources agree.
+
+Sources: https://onnx.ai/onnx/operators (opset 24); for the domain com.microsoft
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
 
 from __future__ import annotations
 
@@ -9,9 +16,6 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor
-
-from llama_export.ops.attention import merge_heads, rotate, split_heads
-from llama_export.ops.rms_norm import add_rms_norm_eager, rms_norm_eager
 
 FLOATS = {
     onnx.TensorProto.FLOAT: torch.float32,
@@ -98,10 +102,21 @@ def _rms_normalization(
     if axis not in (-1, data.ndim - 1) or stash_type not in FLOATS:
         raise ValueError(f"axis {axis}, stash_type {stash_type}: only the last axis and float types are implemented")
     inside = FLOATS[stash_type]
-    if inside in SIXTEEN_BIT and data.dtype in SIXTEEN_BIT:  # a wider evaluation has no narrower interior
-        root = torch.rsqrt(data.to(inside).square().mean(-1, keepdim=True) + epsilon)
-        return (data.to(inside) * root).to(data.dtype) * scale
-    return rms_norm_eager(data, scale, epsilon)
+    if inside not in SIXTEEN_BIT or data.dtype not in SIXTEEN_BIT:
+        inside = torch.promote_types(inside, data.dtype)  # a wider evaluation has no narrower interior
+    wide = data.to(inside)
+    root = torch.sqrt((wide * wide).mean(-1, keepdim=True) + epsilon)
+    return (wide / root).to(data.dtype) * scale
+
+
+def _by_head(data: Tensor, heads: int) -> Tensor:
+    """[B, S, N*D] -> [B, N, S, D]"""
+    return data.reshape(*data.shape[:2], heads, -1).transpose(1, 2)
+
+
+def _side_by_side(data: Tensor) -> Tensor:
+    """[B, N, S, D] -> [B, S, N*D]"""
+    return data.transpose(1, 2).flatten(2)
 
 
 def _rotary_embedding(
@@ -112,14 +127,14 @@ def _rotary_embedding(
     interleaved: pairs are (2i, 2i + 1) instead of (i, i + D/2).
     """
     if data.ndim == 3:
-        by_head = split_heads(data, num_heads)
-        return merge_heads(_rotary_embedding(by_head, cos, sin, interleaved, num_heads, rotary_embedding_dim))
+        by_head = _by_head(data, num_heads)
+        return _side_by_side(_rotary_embedding(by_head, cos, sin, interleaved, num_heads, rotary_embedding_dim))
     if rotary_embedding_dim not in (0, data.shape[-1]):
         raise ValueError(f"{rotary_embedding_dim} of {data.shape[-1]} channels: only a full rotation is implemented")
-    if not interleaved:
-        return rotate(data, cos, sin)
-    halves = torch.cat((data[..., 0::2], data[..., 1::2]), dim=-1)
-    return torch.stack(rotate(halves, cos, sin).chunk(2, dim=-1), dim=-1).flatten(-2)
+    first, second = (data[..., 0::2], data[..., 1::2]) if interleaved else data.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # one angle for all heads
+    real, imaginary = cos * first - sin * second, sin * first + cos * second
+    return torch.stack((real, imaginary), -1).flatten(-2) if interleaved else torch.cat((real, imaginary), dim=-1)
 
 
 def _tensor_scatter(
@@ -183,9 +198,9 @@ def _skip_simplified_layer_normalization(
     data: Tensor, skip: Tensor, gamma: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[.., E] twice, [E] -> the normed sum, two outputs that nobody reads, the sum."""
-    normed, total = add_rms_norm_eager(data, skip, gamma, epsilon)
+    total = data + skip
     unread = data.new_zeros(0)
-    return normed, unread, unread, total
+    return _rms_normalization(total, gamma, epsilon=epsilon), unread, unread, total
 
 
 def _group_query_attention(
@@ -210,15 +225,15 @@ def _group_query_attention(
     if last.dtype != torch.int32 or longest.dtype != torch.int32 or int(longest) != int(last.max()) + 1:
         raise ValueError(f"lengths {last.tolist()} and {longest.tolist()}, {last.dtype} and {longest.dtype}")
     past_length = last.to(torch.int64) + 1 - new_tokens
-    q_BHSD = split_heads(query, num_heads)
+    q_BHSD = _by_head(query, num_heads)
     present_key, present_value = (
-        _tensor_scatter(past, split_heads(new, kv_num_heads), past_length)
+        _tensor_scatter(past, _by_head(new, kv_num_heads), past_length)
         for past, new in ((past_key, key), (past_value, value))
     )
     attended = _attention(
         q_BHSD, present_key, present_value, nonpad_kv_seqlen=past_length + new_tokens, is_causal=1, scale=scale
     )
-    return merge_heads(attended), present_key, present_value
+    return _side_by_side(attended), present_key, present_value
 
 
 def _clip(data: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
