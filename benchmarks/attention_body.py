@@ -23,8 +23,8 @@ import onnx
 import onnxruntime
 from processes import machine
 
-from llama_export import ops
-from llama_export.ops import DOMAIN, OP_SPECS, OPSET_VERSION, Target
+from llama_export.ops import table
+from llama_export.ops.table import DOMAIN, OP_SPECS, OPSET_VERSION, Target
 
 CASES = ((1, 512, 129), (1, 8192, 129), (1, 512, 500), (1, 2048, 2000), (1, 8192, 8000), (512, 512, 0), (512, 8192, 0))
 """(new tokens, capacity, tokens in the cache), one row."""
@@ -62,7 +62,7 @@ def model(target: Target, heads: int, groups: int, head_dim: int) -> bytes:
         [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs],
     )
     imports = [onnx.helper.make_opsetid("", OPSET_VERSION), onnx.helper.make_opsetid(DOMAIN, 1)]
-    functions = ops.function_protos(target, head_dim)
+    functions = table.function_protos(target, head_dim)
     content: bytes = onnx.helper.make_model(
         graph, functions=functions, opset_imports=imports, ir_version=11
     ).SerializeToString()
@@ -114,13 +114,13 @@ def main() -> None:
         target: onnxruntime.InferenceSession(
             model(target, args.heads, args.groups, args.head_dim), options, providers=["CPUExecutionProvider"]
         )
-        for target in ops.TARGETS
+        for target in table.TARGETS
     }
     rng = np.random.default_rng(0)
     host = machine()
     print(f"{host['cpu']}, {args.threads} threads, load average {host['load_average_1min']}; us a layer\n")
-    print("| new tokens | capacity | in the cache | " + " | ".join(ops.TARGETS) + " | largest difference |")
-    print("|---" * (4 + len(ops.TARGETS)) + "|")
+    print("| new tokens | capacity | in the cache | " + " | ".join(table.TARGETS) + " | largest difference |")
+    print("|---" * (4 + len(table.TARGETS)) + "|")
     for new, capacity, length in CASES:
         angles = rng.uniform(0, 6, (1, new, args.head_dim // 2)).astype(np.float32)
         feeds = {

@@ -26,7 +26,8 @@ from onnx import helper
 from llama_export.bundle.bundle import Bundle
 from llama_export.checkpoint.safetensors import TensorEntry
 from llama_export.model.loading import read_tensor
-from llama_export.ops import DOMAIN, OP_SPECS
+from llama_export.ops.table import DOMAIN
+from llama_export.ops.torch_ops import EAGER
 from llama_export.parity.locate.locate import place
 from llama_export.parity.oracle.evaluator import layer_of
 
@@ -1040,12 +1041,12 @@ def _tf32(x: torch.Tensor) -> torch.Tensor:
 
 
 def _with(op_type: str, change: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    return {**{name: spec.eager for name, spec in OP_SPECS.items()}, op_type: change}
+    return {**EAGER, op_type: change}
 
 
 def _tf32_attention(op_type: str) -> Callable[..., Any]:
     def compute(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> Any:
-        return OP_SPECS[op_type].eager(_tf32(query), _tf32(key), _tf32(value), *others)
+        return EAGER[op_type](_tf32(query), _tf32(key), _tf32(value), *others)
 
     return compute
 
@@ -1059,7 +1060,7 @@ def _bfloat_attention(op_type: str) -> Callable[..., Any]:
     """The weighted sum accumulates at 16 bits: what is left of a float32 input are 8 bits."""
 
     def compute(*items: Any) -> Any:
-        found = OP_SPECS[op_type].eager(*items)
+        found = EAGER[op_type](*items)
         first = found[0] if isinstance(found, tuple) else found
         rounded = first.bfloat16().to(first.dtype)
         return (rounded, *found[1:]) if isinstance(found, tuple) else rounded

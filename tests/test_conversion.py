@@ -34,8 +34,9 @@ from llama_export.bundle.bundle import load_bundle
 from llama_export.checkpoint.checkpoint import load_checkpoint
 from llama_export.config.settings import ExportConfig
 from llama_export.errors import CheckpointError, ConfigError
+from llama_export.export import conversion
 from llama_export.export.conversion import convert, plan_conversion
-from llama_export.export.export import conversion, export_checkpoint
+from llama_export.export.export import export_checkpoint
 from llama_export.parity.judge import ValidateConfig
 from llama_export.parity.validate import validate_bundle
 

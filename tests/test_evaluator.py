@@ -21,8 +21,8 @@ from llama_export.config.settings import ExportConfig
 from llama_export.errors import ExportError
 from llama_export.export.export import export_checkpoint
 from llama_export.model import load_reference
-from llama_export.ops import OP_SPECS
 from llama_export.ops.attention import attention_eager
+from llama_export.ops.torch_ops import EAGER
 from llama_export.parity.oracle.evaluator import GraphEvaluator
 from llama_export.parity.sessions import TorchSession, evaluator_session, reference_session
 
@@ -264,7 +264,7 @@ def test_a_wrong_assignment_of_heads_to_groups_exceeds_the_limit(default: Export
         output, key, value = attention_eager(heads, *arguments)
         return output.view(B, S, G, H // G, D).transpose(2, 3).reshape(B, S, H * D), key, value
 
-    eager = {name: spec.eager for name, spec in OP_SPECS.items()}
+    eager = dict(EAGER)
     assert float64_error(default, default.bundle.model_path, eager) <= LIMIT
     error = float64_error(default, default.bundle.model_path, {**eager, "LlamaAttention": by_remainder})
     assert error > LIMIT, f"{error:.3g} would pass"

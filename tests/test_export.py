@@ -22,7 +22,6 @@ from conftest import TINY, MakeCheckpoint
 from random_llama import write_random_checkpoint
 from safetensors import safe_open
 
-from llama_export import ops
 from llama_export.bundle.bundle import Bundle, load_bundle
 from llama_export.checkpoint.checkpoint import load_checkpoint
 from llama_export.config.settings import ExportConfig
@@ -32,6 +31,7 @@ from llama_export.export.export import ExportResult, export_checkpoint
 from llama_export.model import load_reference
 from llama_export.model.rms_norm import LlamaRMSNorm
 from llama_export.model.rope import inverse_frequencies
+from llama_export.ops import table
 from llama_export.parity.sessions import reference_session
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -340,7 +340,7 @@ def test_every_file_states_its_versions_and_holds_the_bodies_of_its_target(tiny_
             assert {item.domain: item.version for item in model.opset_import} == {"": 24, "llama_export": 1}
             assert (model.ir_version, model.producer_name) == (11, "llama_export")
             functions = {function.name: function for function in model.functions}
-            assert functions == {proto.name: proto for proto in ops.function_protos(target, 16)}
+            assert functions == {proto.name: proto for proto in table.function_protos(target, 16)}
 
 
 def test_files_hold_no_path_and_no_trace_of_this_machine(

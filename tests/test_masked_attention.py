@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_export import ops
-from llama_export.ops import DOMAIN, OP_SPECS, OPSET_VERSION, TARGETS, Target
+from llama_export.ops import table, torch_ops
 from llama_export.ops.masked_attention import masked_attention_eager
+from llama_export.ops.table import DOMAIN, OP_SPECS, OPSET_VERSION, TARGETS, Target
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 MASKS = {
@@ -91,7 +91,7 @@ def test_eager_is_the_oracle_at_any_shape_and_mask(data: st.DataObject) -> None:
 @pytest.mark.parametrize("name", ["left", "nothing"])
 def test_a_query_that_sees_nothing_yields_zero(name: str) -> None:
     call = arguments(MASKS[name], torch.float32)
-    got = ops.masked_attention(*call)
+    got = torch_ops.masked_attention(*call)
     blind = call[5].cumsum(1) == 0
     assert blind.any()
     assert torch.equal(got[blind], torch.zeros_like(got[blind]))
@@ -112,8 +112,10 @@ def test_without_padding_it_is_the_cached_op_on_an_empty_cache() -> None:
     call = arguments(MASKS["none"], torch.float64)
     query, key, value, cos, sin, mask, H, G, D, scale = call
     cache = torch.zeros(1, G, mask.shape[1], D, dtype=torch.float64)
-    cached, _, _ = ops.attention(query, key, value, cos, sin, cache, cache.clone(), torch.tensor([0]), H, G, D, scale)
-    assert torch.equal(ops.masked_attention(*call), cached)
+    cached, _, _ = torch_ops.attention(
+        query, key, value, cos, sin, cache, cache.clone(), torch.tensor([0]), H, G, D, scale
+    )
+    assert torch.equal(torch_ops.masked_attention(*call), cached)
 
 
 # ---- torch contract and gradients -------------------------------------------------------------------------------
@@ -139,19 +141,19 @@ def test_the_other_ops_pass_opcheck_with_gradients() -> None:
 @pytest.mark.parametrize("name", MASKS)
 def test_gradient_of_masked_attention_is_the_numerical_one(name: str) -> None:
     query, key, value, *rest = arguments(MASKS[name], torch.float64, H=2, G=1, D=4, grad=True)
-    assert torch.autograd.gradcheck(lambda *qkv: ops.masked_attention(*qkv, *rest), (query, key, value))
+    assert torch.autograd.gradcheck(lambda *qkv: torch_ops.masked_attention(*qkv, *rest), (query, key, value))
 
 
 def test_gradients_of_the_other_ops_are_the_numerical_ones() -> None:
     double = {"dtype": torch.float64, "requires_grad": True}
     x, residual, weight = (torch.randn(shape, **double) for shape in ((3, 8), (3, 8), (8,)))
-    assert torch.autograd.gradcheck(lambda a, w: ops.rms_norm(a, w, 1e-5), (x, weight))
-    assert torch.autograd.gradcheck(lambda a, b, w: ops.add_rms_norm(a, b, w, 1e-5), (x, residual, weight))
+    assert torch.autograd.gradcheck(lambda a, w: torch_ops.rms_norm(a, w, 1e-5), (x, weight))
+    assert torch.autograd.gradcheck(lambda a, b, w: torch_ops.add_rms_norm(a, b, w, 1e-5), (x, residual, weight))
     query, key, value, cos, sin, _, *attributes = arguments(MASKS["right"], torch.float64, H=2, G=1, D=4, grad=True)
     past = [torch.randn(3, 1, 9, 4, **double) for _ in range(2)]
     lengths = torch.tensor([0, 2, 3])
     assert torch.autograd.gradcheck(
-        lambda q, k, v, *cache: ops.attention(q, k, v, cos, sin, *cache, lengths, *attributes),
+        lambda q, k, v, *cache: torch_ops.attention(q, k, v, cos, sin, *cache, lengths, *attributes),
         (query, key, value, *past),
     )
 
@@ -159,7 +161,7 @@ def test_gradients_of_the_other_ops_are_the_numerical_ones() -> None:
 def test_only_the_gradients_that_are_wanted_are_computed() -> None:
     query, key, value, *rest = arguments(MASKS["right"], torch.float64)
     value.requires_grad_()
-    ops.masked_attention(query, key, value, *rest).sum().backward()
+    torch_ops.masked_attention(query, key, value, *rest).sum().backward()
     assert value.grad is not None
     assert query.grad is None
     assert key.grad is None
@@ -186,7 +188,7 @@ def model_of(target: Target, H: int, G: int, D: int, scale: float) -> onnx.Model
     opsets = [onnx.helper.make_opsetid("", OPSET_VERSION), onnx.helper.make_opsetid(DOMAIN, 1)]
     graph = onnx.helper.make_graph([node], "one node", inputs, outputs)
     model = onnx.helper.make_model(graph, functions=[spec.function_proto(target)], opset_imports=opsets, ir_version=11)
-    ops.register_onnx_schemas()
+    table.register_onnx_schemas()
     onnx.checker.check_model(model, full_check=True)
     return model
 

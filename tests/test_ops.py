@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnxruntime_operators import reference_evaluator
 
-from llama_export import ops
 from llama_export.bundle.bundle import Bundle
-from llama_export.ops import DOMAIN, OP_SPECS, OPSET_VERSION, TARGETS, OpSpec, Target
+from llama_export.ops import table, torch_ops
 from llama_export.ops.attention import attention_eager
 from llama_export.ops.rms_norm import add_rms_norm_eager, rms_norm_eager
+from llama_export.ops.table import DOMAIN, OP_SPECS, OPSET_VERSION, TARGETS, OpSpec, Target
+from llama_export.ops.torch_ops import EAGER, FAKE
 from llama_export.parity.oracle.evaluator import GraphEvaluator
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -173,7 +174,7 @@ def test_norms_pass_opcheck(shape: tuple[int, ...], dtype: torch.dtype, strided:
 def test_attention_leaves_its_inputs_alone() -> None:
     inputs = attention_inputs(CASES[3], torch.float32)
     before = {name: item.clone() for name, item in inputs.items()}
-    ops.attention(*inputs.values(), *CASES[3].attributes.values())
+    torch_ops.attention(*inputs.values(), *CASES[3].attributes.values())
     changed = [name for name, item in inputs.items() if not torch.equal(item, before[name])]
     assert not changed
 
@@ -222,9 +223,9 @@ def test_rms_norm_eager_is_the_oracle_up_to_two_roundings(shape: tuple[int, ...]
 @given(st.lists(st.integers(1, 4), max_size=2), st.integers(1, 65), st.sampled_from(DTYPES))
 def test_add_rms_norm_is_add_then_rms_norm(lead: list[int], width: int, dtype: torch.dtype) -> None:
     x, residual, weight = norm_inputs((*lead, width), dtype)
-    normed, new_residual = ops.add_rms_norm(x, residual, weight, 1e-5)
+    normed, new_residual = torch_ops.add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(new_residual, x + residual)
-    assert torch.equal(normed, ops.rms_norm(x + residual, weight, 1e-5))
+    assert torch.equal(normed, torch_ops.rms_norm(x + residual, weight, 1e-5))
 
 
 EXTREMES = {
@@ -269,7 +270,7 @@ def test_rms_norm_rounds_before_the_weight_as_hugging_face_does(dtype: torch.dty
     x, _, weight = norm_inputs((64, 72), dtype)
     theirs = LlamaRMSNorm(72, eps=1e-5)
     theirs.weight.data = weight
-    got = ops.rms_norm(x, weight, 1e-5)
+    got = torch_ops.rms_norm(x, weight, 1e-5)
     assert torch.equal(got, theirs(x)), "not bit-equal to Hugging Face's LlamaRMSNorm"
     wide = x.float()
     rounded_once = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.float()).to(dtype)
@@ -377,7 +378,7 @@ def test_a_query_that_sees_nothing_yields_zero(kind: str, tmp_path: Path) -> Non
 
 def one_node_model(spec: OpSpec, target: Target, attributes: Mapping[str, Any]) -> onnx.ModelProto:
     """A float32 model of one node of our domain and the bodies of one target; all shapes dynamic."""
-    ops.register_onnx_schemas()
+    table.register_onnx_schemas()
     kinds = {"T": onnx.TensorProto.FLOAT, "float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
     node = onnx.helper.make_node(
         spec.op_type,
@@ -398,7 +399,7 @@ def one_node_model(spec: OpSpec, target: Target, attributes: Mapping[str, Any]) 
     )
     return onnx.helper.make_model(
         graph,
-        functions=ops.function_protos(target, 16),
+        functions=table.function_protos(target, 16),
         opset_imports=[onnx.helper.make_opsetid("", OPSET_VERSION), onnx.helper.make_opsetid(DOMAIN, 1)],
         ir_version=11,
     )
@@ -456,7 +457,7 @@ def test_norm_bodies_equal_eager(op_type: str, target: Target, runner: str) -> N
     inputs = {item.name: tensors[item.name] for item in spec.inputs}
     run = RUNNERS[runner](one_node_model(spec, target, {"epsilon": 1e-3}))
     got = run(None, {name: item.numpy() for name, item in inputs.items()})
-    want = spec.eager(*inputs.values(), float(np.float32(1e-3)))
+    want = EAGER[spec.op_type](*inputs.values(), float(np.float32(1e-3)))
     for name, left, right in zip(spec.outputs, got, want if isinstance(want, tuple) else (want,), strict=True):
         np.testing.assert_allclose(left, right.numpy(), rtol=2e-6, atol=1e-7, err_msg=name.name)
 
@@ -498,7 +499,7 @@ SPECS = [pytest.param(spec, id=spec.op_type) for spec in OP_SPECS.values()]
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_torch_schema_is_the_table(spec: OpSpec) -> None:
-    schema = ops.torch_overload(spec)._schema
+    schema = torch_ops.torch_overload(spec)._schema
     assert schema.name == f"{DOMAIN}::{spec.torch_name}"
     kinds = {"int": "int", "float": "float"}
     expected = [(item.name, "Tensor") for item in spec.inputs] + [
@@ -507,18 +508,18 @@ def test_torch_schema_is_the_table(spec: OpSpec) -> None:
     assert [(item.name, str(item.type)) for item in schema.arguments] == expected
     assert [str(item.type) for item in schema.returns] == ["Tensor"] * len(spec.outputs)
     assert not any(item.has_default_value() for item in schema.arguments), "a default would be a second source"
-    for function in (spec.eager, spec.fake):
+    for function in (EAGER[spec.op_type], FAKE[spec.op_type]):
         assert list(inspect.signature(function).parameters) == [name for name, _ in expected], function.__name__
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_onnx_schema_is_the_table_and_has_nothing_optional(spec: OpSpec) -> None:
-    ops.register_onnx_schemas()
-    ops.register_onnx_schemas()  # a second call is harmless
+    table.register_onnx_schemas()
+    table.register_onnx_schemas()  # a second call is harmless
     schema = onnx.defs.get_schema(spec.op_type, spec.version, DOMAIN)
     types = {"T": "T", "float32": "tensor(float)", "int64": "tensor(int64)"}
-    for formal, table in ((schema.inputs, spec.inputs), (schema.outputs, spec.outputs)):
-        assert [(item.name, item.type_str) for item in formal] == [(item.name, types[item.dtype]) for item in table]
+    for formal, stated in ((schema.inputs, spec.inputs), (schema.outputs, spec.outputs)):
+        assert [(item.name, item.type_str) for item in formal] == [(item.name, types[item.dtype]) for item in stated]
         assert {item.option for item in formal} == {onnx.defs.OpSchema.FormalParameterOption.Single}
     assert (schema.min_input, schema.max_input) == (len(spec.inputs), len(spec.inputs))
     assert (schema.min_output, schema.max_output) == (len(spec.outputs), len(spec.outputs))

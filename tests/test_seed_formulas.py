@@ -10,13 +10,13 @@ import oracles
 import pytest
 import torch
 
-from llama_export import ops
 from llama_export.config.llama import LlamaConfig, RopeConfig
 from llama_export.model.attention import LayerCache
 from llama_export.model.decoder import LlamaDecoderLayer
 from llama_export.model.mlp import LlamaMLP
 from llama_export.model.rms_norm import LlamaRMSNorm
 from llama_export.model.rope import LlamaRotaryEmbedding, inverse_frequencies
+from llama_export.ops import torch_ops
 
 CONFIG = LlamaConfig(
     vocab_size=97, hidden_size=72, intermediate_size=100, num_hidden_layers=1, num_attention_heads=6,
@@ -60,16 +60,16 @@ class TestRMSNorm:
 
     def test_rms_norm_by_hand(self) -> None:
         # mean of squares of (3, 4) is 12.5; with epsilon 12.5 the root is 5
-        got = ops.rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 10.0]), 12.5)
+        got = torch_ops.rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 10.0]), 12.5)
         np.testing.assert_allclose(got.numpy(), [0.6, 8.0], rtol=1e-15)
 
     def test_epsilon_is_inside_the_root(self) -> None:
         epsilon = 1e-2
-        got = ops.rms_norm(torch.zeros(4) + 1e-9, torch.ones(4), epsilon)
+        got = torch_ops.rms_norm(torch.zeros(4) + 1e-9, torch.ones(4), epsilon)
         np.testing.assert_allclose(got.numpy(), 1e-9 / math.sqrt(1e-18 + epsilon), rtol=1e-12)
 
     def test_the_mean_is_not_subtracted(self) -> None:
-        got = ops.rms_norm(torch.full((8,), 3.0), torch.ones(8), 1e-12)
+        got = torch_ops.rms_norm(torch.full((8,), 3.0), torch.ones(8), 1e-12)
         np.testing.assert_allclose(got.numpy(), 1.0, rtol=1e-9)
 
 
@@ -101,7 +101,7 @@ class TestRotaryAngle:
         vector = torch.from_numpy(key)[None, None]
         length = torch.tensor([position])
         new, rotary, past = (vector, vector, vector), (angle.cos(), angle.sin()), (cache, cache)
-        _, present_key, _ = ops.attention(*new, *rotary, *past, length, 1, 1, head_dim, 1.0)
+        _, present_key, _ = torch_ops.attention(*new, *rotary, *past, length, 1, 1, head_dim, 1.0)
         return present_key[0, 0, position].numpy()
 
     def test_pairs_i_and_i_plus_half_are_turned(self, rng: np.random.Generator) -> None:
@@ -150,7 +150,7 @@ class TestAttention:
         cache = [torch.from_numpy(np.concatenate([item[:-1], np.zeros((1, d))])[None, None]) for item in (k, v)]
         flat = [torch.from_numpy(item[None]) for item in (q, k[-1:], v[-1:])]
         cos, sin = torch.ones(1, 1, d // 2), torch.zeros(1, 1, d // 2)
-        return ops.attention(*flat, cos, sin, *cache, torch.tensor([length - 1]), 1, 1, d, scale)[0].numpy()[0]
+        return torch_ops.attention(*flat, cos, sin, *cache, torch.tensor([length - 1]), 1, 1, d, scale)[0].numpy()[0]
 
     def test_attention_is_softmax_of_scaled_scores_times_values(self, rng: np.random.Generator) -> None:
         d = 16

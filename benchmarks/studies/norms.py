@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_export import ops
 from llama_export.config.llama import LlamaConfig
 from llama_export.model import load_reference
 from llama_export.model.attention import KeyValue, LayerCache
 from llama_export.model.decoder import LlamaDecoderLayer, LlamaModel
 from llama_export.model.rms_norm import LlamaRMSNorm
+from llama_export.ops import torch_ops
 from studies.tiny_llama import CHECKPOINT, LanguageModel, markdown, small_config, streams, train
 
 SIZES = (1e3, 1.0, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -29,11 +29,11 @@ def measure() -> dict[str, Any]:
         x = direction * size
         half = x.half()
         found[f"{size:g}"] = {
-            "float32, 1e-5": _rms(ops.rms_norm(x.float(), ones, 1e-5)),
-            "float32, 1e-6": _rms(ops.rms_norm(x.float(), ones, 1e-6)),
-            "float16, 1e-5": _rms(ops.rms_norm(half, ones.half(), 1e-5)),
+            "float32, 1e-5": _rms(torch_ops.rms_norm(x.float(), ones, 1e-5)),
+            "float32, 1e-6": _rms(torch_ops.rms_norm(x.float(), ones, 1e-6)),
+            "float16, 1e-5": _rms(torch_ops.rms_norm(half, ones.half(), 1e-5)),
             "float16 throughout, 1e-5": _rms(_all_in_half(half, 1e-5)),
-            "float32, 0": _rms(ops.rms_norm(x.float(), ones, 0.0)),
+            "float32, 0": _rms(torch_ops.rms_norm(x.float(), ones, 0.0)),
         }
     return found
 

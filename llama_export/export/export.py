@@ -72,9 +72,9 @@ try:
     import onnx_ir as ir
     import torch
 
-    from llama_export import ops
     from llama_export.export.conversion import plan_conversion, write_conversion
     from llama_export.export.embedded import check_embeddable, external_initializers, write_embedded
+    from llama_export.ops.table import OP_SPECS, OPSET_VERSION, Target, function_protos, register_onnx_schemas
 except ModuleNotFoundError as err:
     raise MissingDependencyError(err.name or "torch", "export") from err
 
@@ -187,7 +187,7 @@ def export_checkpoint(
                 "llama_export": __version__,
                 "torch": str(torch.__version__),
                 "onnx": onnx.__version__,
-                "opset": str(ops.OPSET_VERSION),
+                "opset": str(OPSET_VERSION),
             },
             task=task,
             model=llama,
@@ -195,7 +195,7 @@ def export_checkpoint(
             io=io_table(standard),
             rope=llama.rope,
             eos_token_ids=tuple(stop_token_ids(checkpoint)),
-            ops={op: ops.OP_SPECS[op].version for op in sorted(custom_op_counts(standard))},
+            ops={op: OP_SPECS[op].version for op in sorted(custom_op_counts(standard))},
             graph_sha256=functions["standard"].sha256,
             functions=functions,
             kv_cache=CacheRecord(layout=LAYOUT, dtype=dtype, granularity=GRANULARITY)
@@ -238,7 +238,7 @@ _READERS = {
 """Who opens which graph. onnxruntime's CPU provider has no kernels for bfloat16, so it does not open ``standard`` then."""
 
 
-def model_proto(graph: ir.Model, checkpoint: Checkpoint, dtype: str, target: ops.Target) -> onnx.ModelProto:
+def model_proto(graph: ir.Model, checkpoint: Checkpoint, dtype: str, target: Target) -> onnx.ModelProto:
     """A complete model of one dtype and target: weights by reference, function bodies added.
 
     Args:
@@ -252,7 +252,7 @@ def model_proto(graph: ir.Model, checkpoint: Checkpoint, dtype: str, target: ops
     reference_weights(model.graph, checkpoint, getattr(ir.DataType, ONNX_DTYPE[dtype]))
     proto = ir.to_proto(model)
     del proto.functions[:]
-    proto.functions.extend(ops.function_protos(target, checkpoint.config.head_dim))
+    proto.functions.extend(function_protos(target, checkpoint.config.head_dim))
     return proto
 
 
@@ -262,7 +262,7 @@ def check_model(proto: onnx.ModelProto) -> None:
     Raises:
         ExportError: the checker refused the graph.
     """
-    ops.register_onnx_schemas()
+    register_onnx_schemas()
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     for item in external_initializers(copy):
@@ -277,7 +277,7 @@ def check_model(proto: onnx.ModelProto) -> None:
 def io_table(proto: onnx.ModelProto) -> tuple[IoRecord, ...]:
     """Inputs, then outputs: name, dtype, shape (integers and symbols), and what an output may share memory with."""
     aliases = {present: past for past, present in cache_names(len(proto.graph.output) // 2)}  # none without a cache
-    table: list[IoRecord] = []
+    records: list[IoRecord] = []
     kinds: tuple[tuple[Literal["input", "output"], Any], ...] = (
         ("input", proto.graph.input),
         ("output", proto.graph.output),
@@ -285,7 +285,7 @@ def io_table(proto: onnx.ModelProto) -> tuple[IoRecord, ...]:
     for kind, values in kinds:
         for value in values:
             tensor = value.type.tensor_type
-            table.append(
+            records.append(
                 IoRecord(
                     name=value.name,
                     kind=kind,
@@ -294,4 +294,4 @@ def io_table(proto: onnx.ModelProto) -> tuple[IoRecord, ...]:
                     alias_of=aliases.get(value.name) if kind == "output" else None,
                 )
             )
-    return tuple(table)
+    return tuple(records)

@@ -20,11 +20,12 @@ try:
     import onnx_ir as ir
     import torch
 
-    from llama_export import ops
     from llama_export.export.embedded import ROTARY
     from llama_export.export.repeat import TRACED_LAYERS, repeat_last_layer
     from llama_export.model import MODEL_CLASSES, LlamaForCausalLM
     from llama_export.model.rope import rope_buffers
+    from llama_export.ops.table import DOMAIN, OP_SPECS, OPSET_VERSION, register_onnx_schemas
+    from llama_export.ops.torch_ops import translation_table
 except ModuleNotFoundError as err:
     raise MissingDependencyError(err.name or "torch", "export") from err
 
@@ -83,15 +84,15 @@ def graph_from_program(program: torch.export.ExportedProgram, config: LlamaConfi
     Raises:
         ExportError: the counts of custom nodes or the weights are not what the config implies.
     """
-    ops.register_onnx_schemas()
+    register_onnx_schemas()
     with _quiet_exporter():
         converted = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=ops.OPSET_VERSION,
+            opset_version=OPSET_VERSION,
             optimize=False,
             verbose=False,
-            custom_translation_table=ops.translation_table(),
+            custom_translation_table=translation_table(),
             input_names=INTERFACES[task].input_names(config),
             output_names=INTERFACES[task].output_names(config),
         )
@@ -105,7 +106,7 @@ def graph_from_program(program: torch.export.ExportedProgram, config: LlamaConfi
     for name, values in rope_buffers(config).items():
         frequencies = model.graph.initializers[ROTARY + name]
         frequencies.const_value = ir.Tensor(values.numpy(), name=frequencies.name)
-    model.opset_imports[ops.DOMAIN] = 1
+    model.opset_imports[DOMAIN] = 1
     model.ir_version = IR_VERSION
     model.metadata_props.clear()
     model.producer_name, model.producer_version, model.doc_string = "llama_export", None, None
@@ -141,7 +142,7 @@ def _name_values(graph: ir.Graph) -> None:
     taken: Counter[str] = Counter()
     outputs = set(graph.outputs)
     for node in graph:
-        spec = ops.OP_SPECS.get(node.op_type) if node.domain == ops.DOMAIN else None
+        spec = OP_SPECS.get(node.op_type) if node.domain == DOMAIN else None
         for slot, value in enumerate(node.outputs):
             if value in outputs:
                 continue
@@ -206,11 +207,11 @@ def expected_op_counts(config: LlamaConfig, task: Task) -> dict[str, int]:
 
 def custom_op_counts(proto: onnx.ModelProto) -> dict[str, int]:
     """op_type -> number of nodes of our domain."""
-    return dict(Counter(node.op_type for node in proto.graph.node if node.domain == ops.DOMAIN))
+    return dict(Counter(node.op_type for node in proto.graph.node if node.domain == DOMAIN))
 
 
 def _check_counts(graph: ir.Graph, config: LlamaConfig, task: Task) -> None:
-    got = dict(Counter(node.op_type for node in graph if node.domain == ops.DOMAIN))
+    got = dict(Counter(node.op_type for node in graph if node.domain == DOMAIN))
     if got != expected_op_counts(config, task):
         raise ExportError(
             "the traced graph does not hold the ops the config implies",

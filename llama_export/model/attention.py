@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from llama_export import ops
 from llama_export.config.llama import LlamaConfig
+from llama_export.ops import torch_ops
 from llama_export.ops.attention import append, merge_heads, rotate, split_heads, visible_in_cache
 from llama_export.ops.masked_attention import causal_and_unpadded
 
@@ -79,7 +79,7 @@ class LlamaAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, past: LayerCache
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The op ``LlamaAttention``: -> attn_output [B, S, H*D], present_key, present_value."""
-        found: tuple[Tensor, Tensor, Tensor] = ops.attention(
+        found: tuple[Tensor, Tensor, Tensor] = torch_ops.attention(
             query, key, value, cos, sin, *past, self.num_heads, self.num_kv_heads, self.head_dim, self.scale
         )
         return found
@@ -88,7 +88,7 @@ class LlamaAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor
     ) -> Tensor:
         """The op ``LlamaMaskedAttention``: -> attn_output [B, S, H*D]."""
-        attn_output: Tensor = ops.masked_attention(
+        attn_output: Tensor = torch_ops.masked_attention(
             query, key, value, cos, sin, attention_mask, self.num_heads, self.num_kv_heads, self.head_dim, self.scale
         )
         return attn_output

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llama_export import ops
 from llama_export.config.llama import float32_value
+from llama_export.ops import torch_ops
 
 
 class LlamaRMSNorm(nn.Module):
@@ -26,6 +26,6 @@ class LlamaRMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[.., E], [.., E] or None -> (y, x), both [.., E]"""
         if residual is None:
-            return ops.rms_norm(hidden_states, self.weight, self.epsilon), hidden_states
-        normed, x = ops.add_rms_norm(hidden_states, residual, self.weight, self.epsilon)
+            return torch_ops.rms_norm(hidden_states, self.weight, self.epsilon), hidden_states
+        normed, x = torch_ops.add_rms_norm(hidden_states, residual, self.weight, self.epsilon)
         return normed, x

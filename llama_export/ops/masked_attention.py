@@ -19,8 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llama_export.ops.attention import ATTENTION_ATTRIBUTES, MERGE_HEADS, ROTATE, attend, rotate, split_heads
-from llama_export.ops.spec import OpSpec, TensorSpec
+from llama_export.ops.attention import attend, rotate, split_heads
 
 
 def masked_attention_eager(
@@ -62,48 +61,3 @@ def masked_attention_fake(
 ) -> Tensor:
     """Shape and dtype of :func:`masked_attention_eager`."""
     return query.new_empty(query.shape)
-
-
-# A query that sees nothing would be a softmax over nothing, which readers disagree about: it gets all earlier keys, so
-# that the softmax is defined, and its result is then replaced by 0.
-_ATTEND = """
-  is_key = Cast <to: int = 9> (attention_mask)
-  is_key_wide = Cast <to: int = 7> (is_key)
-  keys_so_far = CumSum (is_key_wide, one)
-  sees_nothing = Equal (keys_so_far, zero)
-  key_axis = Constant <value_ints: ints = [1]> ()
-  query_axis = Constant <value_ints: ints = [2]> ()
-  head_axis = Constant <value_ints: ints = [1]> ()
-  query_range = Unsqueeze (new_range, axis_1)
-  causal = LessOrEqual (new_range, query_range)
-  is_key_B1S = Unsqueeze (is_key, key_axis)
-  sees_nothing_BS1 = Unsqueeze (sees_nothing, query_axis)
-  allowed = Or (is_key_B1S, sees_nothing_BS1)
-  visible_BSS = And (allowed, causal)
-  visible = Unsqueeze (visible_BSS, head_axis)
-  attended = Attention <is_causal: int = 0, scale: float = @scale> (query_rope, key_rope, value_BGSD, visible)
-  head_and_width = Constant <value_ints: ints = [1, 3]> ()
-  nobody = Unsqueeze (sees_nothing, head_and_width)
-  nothing_0d = Constant <value_float: float = 0.0> ()
-  nothing = CastLike (nothing_0d, attended)
-  attended_BHSD = Where (nobody, nothing, attended)
-"""
-
-MASKED_ATTENTION = OpSpec(
-    op_type="LlamaMaskedAttention",
-    torch_name="masked_attention",
-    version=1,
-    inputs=(
-        TensorSpec("query", "T", "[B, S, H*D]"),
-        TensorSpec("key", "T", "[B, S, G*D]"),
-        TensorSpec("value", "T", "[B, S, G*D]"),
-        TensorSpec("cos", "float32", "[B, S, D/2]"),
-        TensorSpec("sin", "float32", "[B, S, D/2]"),
-        TensorSpec("attention_mask", "int64", "[B, S]"),
-    ),
-    outputs=(TensorSpec("attn_output", "T", "[B, S, H*D]"),),
-    attributes=ATTENTION_ATTRIBUTES,
-    eager=masked_attention_eager,
-    fake=masked_attention_fake,
-    bodies={"standard": ROTATE + _ATTEND + MERGE_HEADS, "onnxruntime": ROTATE + _ATTEND + MERGE_HEADS},
-)

@@ -33,7 +33,7 @@ from llama_export.engine.check import check_engine, inspect_engine
 from llama_export.engine.sidecar import PluginIdentity
 from llama_export.errors import ArtifactMismatchError, EngineBuildError, LlamaExportError, ToolchainError
 from llama_export.export.export import export_checkpoint
-from llama_export.ops import OP_SPECS
+from llama_export.ops.table import OP_SPECS
 from llama_export.runtime import engine_session, loaded_engine
 
 SHAPE: dict[str, Any] = {

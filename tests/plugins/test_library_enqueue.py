@@ -30,7 +30,7 @@ from llama_export_plugins.kernels.launch import ops  # noqa: E402
 from llama_export_plugins.kernels.table import KERNELS, Variant  # noqa: E402
 
 from llama_export.bundle.bundle import Bundle  # noqa: E402
-from llama_export.ops import OP_SPECS  # noqa: E402
+from llama_export.ops.table import OP_SPECS  # noqa: E402
 from llama_export.parity.oracle.evaluator import GraphEvaluator  # noqa: E402
 
 LONG_ROW = 2**31 - 1

@@ -25,7 +25,7 @@ from library_support import (
     spec_fields,
 )
 
-from llama_export.ops import OP_SPECS
+from llama_export.ops.table import OP_SPECS
 
 require_plugins()
 

@@ -19,7 +19,7 @@ from library_support import (
     require_plugins,
 )
 
-from llama_export.ops import OP_SPECS
+from llama_export.ops.table import OP_SPECS
 
 require_plugins()
 

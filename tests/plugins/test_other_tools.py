@@ -18,7 +18,7 @@ from test_library_tensorrt import LEAN_PYTHONS
 
 from llama_export.bundle.bundle import Bundle
 from llama_export.engine import plan as _plan
-from llama_export.ops import OP_SPECS
+from llama_export.ops.table import OP_SPECS
 
 require_plugins()
 

@@ -20,11 +20,11 @@ from llama_export_plugins import harness
 from llama_export_plugins.kernels import loop
 from llama_export_plugins.ptx import Program
 
-from llama_export import ops
 from llama_export.bundle.bundle import Bundle, load_bundle
 from llama_export.errors import ToolchainError
 from llama_export.export.export import export_checkpoint
 from llama_export.graph.kv_cache import cache_names
+from llama_export.ops.torch_ops import EAGER
 from llama_export.parity import judge
 from llama_export.parity.judge import ValidateConfig
 from llama_export.parity.oracle.evaluator import GraphEvaluator
@@ -214,11 +214,11 @@ def test_a_large_model_gets_a_sample_of_its_layers(bundle: Bundle) -> None:
 
     def kernel(*items: Any) -> Any:
         seen.append(1)
-        return ops.OP_SPECS["LlamaAttention"].eager(*items)
+        return EAGER["LlamaAttention"](*items)
 
     evaluator = GraphEvaluator(
         bundle.model_path,
-        custom_ops={**{op: spec.eager for op, spec in ops.OP_SPECS.items()}, "LlamaAttention": kernel},
+        custom_ops={**EAGER, "LlamaAttention": kernel},
         custom_layers=[1],
     )
     past = {name: torch.zeros(1, 2, 4, 24) for name, _ in cache_names(2)}

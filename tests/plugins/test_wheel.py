@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from library_support import PLUGINS, ROOT, require_plugins
 
-from llama_export.ops import OP_SPECS
+from llama_export.ops.table import OP_SPECS
 
 for module in ("auditwheel", "scikit_build_core", "setuptools"):
     pytest.importorskip(module, reason=f"`{module}` is not installed: pip install 'llama-export[dev,plugins-dev]'")

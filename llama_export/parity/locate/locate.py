@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 import torch
 
-from llama_export.ops import OP_SPECS
+from llama_export.ops.table import OP_SPECS
 from llama_export.parity.oracle.evaluator import layer_of
 
 Values = Iterable[tuple[str, list[Any]]]

@@ -31,7 +31,8 @@ from llama_export.checkpoint.safetensors import TensorEntry
 from llama_export.errors import ExportError
 from llama_export.export.embedded import ROTARY
 from llama_export.model.loading import read_tensor
-from llama_export.ops import DOMAIN, OP_SPECS
+from llama_export.ops.table import DOMAIN, OP_SPECS
+from llama_export.ops.torch_ops import EAGER
 from llama_export.parity.oracle.lockstep import Step, lockstep
 from llama_export.parity.oracle.operators import (
     FLOATS,
@@ -291,7 +292,7 @@ class GraphEvaluator:
         spec = OP_SPECS[node.op_type]
         if set(attributes) != {item.name for item in spec.attributes}:
             raise ValueError(f"attributes {sorted(attributes)}, expected {[item.name for item in spec.attributes]}")
-        compute = spec.eager
+        compute = EAGER[spec.op_type]
         if not isinstance(self._custom_ops, str) and self._by_custom_op(node):
             compute = self._custom_ops[node.op_type]
         return compute(*inputs, *(attributes[item.name] for item in spec.attributes))

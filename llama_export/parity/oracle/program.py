@@ -20,13 +20,13 @@ import onnx
 import torch
 from torch import Tensor, fx
 
-from llama_export import ops
 from llama_export.checkpoint.checkpoint import Checkpoint
 from llama_export.config.llama import Task, float32_value
 from llama_export.export.trace import trace_program
 from llama_export.graph.io import INTERFACES
 from llama_export.model.loading import read_tensor
 from llama_export.model.rope import rope_buffers
+from llama_export.ops.table import DOMAIN, OP_SPECS
 from llama_export.parity.oracle.evaluator import evaluation_dtype
 from llama_export.parity.oracle.lockstep import Step, lockstep
 
@@ -186,5 +186,5 @@ def _label(node: fx.Node) -> str | None:
     return {"to": "_to_copy"}.get(word, word)
 
 
-_SPECS = {f"{ops.DOMAIN}.{spec.torch_name}.default": spec for spec in ops.OP_SPECS.values()}
+_SPECS = {f"{DOMAIN}.{spec.torch_name}.default": spec for spec in OP_SPECS.values()}
 """The tracer's name of our ops -> what they are."""

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from llama_export.config.llama import LlamaConfig
-from llama_export.ops import OP_SPECS
-from llama_export.ops.spec import OpSpec
+from llama_export.ops.table import OP_SPECS, OpSpec
+from llama_export.ops.torch_ops import EAGER
 from llama_export.parity.judge import BY, Measured, Validator, custom_kernels, judge_noise
 from llama_export.parity.metrics import difference
 from llama_export.parity.oracle.evaluator import CustomOps, GraphEvaluator
@@ -82,8 +82,8 @@ def _measure(v: Validator, evaluator: GraphEvaluator, node: onnx.NodeProto, dtyp
     values = [attributes[item.name] for item in spec.attributes]
     given = _typed(spec, op_inputs(spec, v.llama, float(attributes.get("epsilon", 0.0)), v.config.seed), DTYPES[dtype])
     got = evaluator.run_op(node, given)
-    floor = _tuple(spec.eager(*given, *values))
-    exact = _tuple(spec.eager(*_typed(spec, given, torch.float64), *values))
+    floor = _tuple(EAGER[spec.op_type](*given, *values))
+    exact = _tuple(EAGER[spec.op_type](*_typed(spec, given, torch.float64), *values))
     name = f"{spec.op_type} {dtype}"
 
     def against(found: tuple[Tensor, ...]) -> Any:

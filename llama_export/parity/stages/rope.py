@@ -13,7 +13,7 @@ from torch import Tensor
 from llama_export.config.llama import LlamaConfig
 from llama_export.graph.io import INTERFACES
 from llama_export.model.rope import LlamaRotaryEmbedding
-from llama_export.ops import OP_SPECS
+from llama_export.ops.table import OP_SPECS
 from llama_export.parity.judge import Validator, judge
 from llama_export.parity.metrics import difference
 from llama_export.parity.oracle.evaluator import GraphEvaluator
