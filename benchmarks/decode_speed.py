@@ -43,6 +43,7 @@ from random_llama import write_random_checkpoint
 
 from llama_export._system.process import resident_bytes
 from llama_export.checkpoint.checkpoint import load_checkpoint
+from llama_export.config.decoder import count_parameters
 from llama_export.config.llama import LlamaConfig
 from llama_export.runtime.bench import cache_bytes, read_bandwidth, step_bytes
 
@@ -322,13 +323,13 @@ def main() -> int:
         "machine": host,
         "versions": engine_versions(),
         "model": config,
-        "num_parameters": parsed.num_parameters,
+        "num_parameters": count_parameters(parsed),
         "workload": {
             "prompt_tokens": args.prompt, "new_tokens": args.new_tokens, "threads": args.threads, "capacity": capacity,
             "runs": args.runs, "batch_size": 1,
         },
         "read_bandwidth_gb_per_second": _spread(bandwidth, 1),
-        "weights_and_cache_gb": round((4 * parsed.num_parameters + cache_bytes(parsed, capacity)) / 1e9, 3),
+        "weights_and_cache_gb": round((4 * count_parameters(parsed) + cache_bytes(parsed, capacity)) / 1e9, 3),
         "decode": summarize({name: results[name] for name in names}, bandwidth, parsed),
         "capacities": measure_capacities(own, checkpoint, work, workload, args.runs) if long_enough else {},
     }  # fmt: skip

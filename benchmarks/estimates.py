@@ -38,6 +38,7 @@ from llama_export.bundle.bundle import load_bundle
 from llama_export.bundle.destination import plan_destination
 from llama_export.bundle.estimate import BuildWork, Estimate, ExportWork, build_work, export_work
 from llama_export.checkpoint.checkpoint import load_checkpoint, resolve_dtype
+from llama_export.config.decoder import count_parameters
 from llama_export.config.settings import EngineConfig, ExportConfig
 from llama_export.export.conversion import plan_conversion
 
@@ -186,7 +187,7 @@ def rows_of(case: Case, only: str) -> Iterator[dict[str, Any]]:
         found: ExportWork | BuildWork = work_of_export(case, checkpoint, output)
         target = ["-o", str(output)] if output else []
         ran = measure(["export", str(checkpoint), *target, *flags(case.export)])
-        common = {"num_parameters": parsed.num_parameters}
+        common = {"num_parameters": count_parameters(parsed)}
         yield row(names[0], found, ran, ran["result"]["weight_bytes_written"], **common)
         bundle = output or checkpoint
         for name, build in zip(names[1:], case.builds, strict=True):

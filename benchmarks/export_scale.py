@@ -54,6 +54,7 @@ from published_configs import PUBLISHED
 from random_llama import write_hollow_checkpoint, write_random_checkpoint
 
 from llama_export._system.environment import environment
+from llama_export.config.decoder import count_parameters
 from llama_export.config.huggingface import config_from_dict
 from llama_export.config.llama import LlamaConfig
 
@@ -82,7 +83,7 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        return config_from_dict({"model_type": "llama", **self.config}).num_parameters * self.item_bytes
+        return count_parameters(config_from_dict({"model_type": "llama", **self.config})) * self.item_bytes
 
     @property
     def item_bytes(self) -> int:
@@ -320,8 +321,8 @@ def about(case: Case, parsed: LlamaConfig) -> dict[str, Any]:
     """What was measured."""
     model = MODELS[case.model]
     return {
-        "dtype": model.dtype, "num_parameters": parsed.num_parameters, "layers": parsed.num_hidden_layers,
-        "weight_bytes": parsed.num_parameters * model.item_bytes, "weights": "a hole in a file" if model.hollow else "random, in the page cache",
+        "dtype": model.dtype, "num_parameters": count_parameters(parsed), "layers": parsed.num_hidden_layers,
+        "weight_bytes": count_parameters(parsed) * model.item_bytes, "weights": "a hole in a file" if model.hollow else "random, in the page cache",
     }  # fmt: skip
 
 

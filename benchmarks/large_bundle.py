@@ -38,6 +38,7 @@ from published_configs import PUBLISHED
 from random_llama import write_random_checkpoint
 
 from llama_export._system.environment import environment
+from llama_export.config.decoder import count_parameters
 from llama_export.config.huggingface import config_from_dict
 
 SCHEMA_VERSION = 1
@@ -116,7 +117,7 @@ def measure(model: str, layers: int | None, scratch: Path) -> dict[str, Any]:
     config, dtype = dict(PUBLISHED[model][0]), "bfloat16"
     if layers:
         config["num_hidden_layers"] = layers
-    needed = config_from_dict({"model_type": "llama", **config}).num_parameters * 2 * SPACE
+    needed = count_parameters(config_from_dict({"model_type": "llama", **config})) * 2 * SPACE
     free = shutil.disk_usage(scratch).free
     if free < needed:
         raise SystemExit(f"{scratch}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed")
@@ -126,8 +127,8 @@ def measure(model: str, layers: int | None, scratch: Path) -> dict[str, Any]:
     parsed = write_random_checkpoint(bundle, config, dtype=dtype)
     os.sync()
     found: dict[str, Any] = {
-        "model": model, "dtype": dtype, "num_parameters": parsed.num_parameters, "layers": parsed.num_hidden_layers,
-        "weight_bytes": parsed.num_parameters * 2, "write_seconds": round(time.perf_counter() - start, 1),
+        "model": model, "dtype": dtype, "num_parameters": count_parameters(parsed), "layers": parsed.num_hidden_layers,
+        "weight_bytes": count_parameters(parsed) * 2, "write_seconds": round(time.perf_counter() - start, 1),
         "load_average_1min": round(os.getloadavg()[0], 2), "steps": {},
     }  # fmt: skip
     steps = found["steps"]

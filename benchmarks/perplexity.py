@@ -50,6 +50,7 @@ from quantization import DOCUMENT, RESULTS, write_section
 from train_tiny_llama import encode_stream, pack, read_corpus
 
 from llama_export.bundle.bundle import Bundle, load_bundle
+from llama_export.config.decoder import count_parameters
 from llama_export.export.export import export_checkpoint
 from llama_export.export.quantize import quantize_bundle
 from llama_export.export.rounding import SCHEMES
@@ -305,7 +306,7 @@ def shipped_rows(folder: Path, windows: NDArray[np.int64]) -> Iterator[tuple[str
         return measure(map(model, windows), map(float32, windows), windows, weight_bytes)
 
     config = load_bundle(folder).config
-    matrices = config.num_parameters + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
+    matrices = count_parameters(config) + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
     yield "float32", compared(float32, 4 * matrices)
     for kind in ("int8", "int4"):
         sizes = sorted({32, 64, 128} - {SCHEMES[kind].block_size})

@@ -17,8 +17,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from llama_export.config.decoder import count_parameters, expected_tensors
 from llama_export.config.huggingface import config_from_dict
-from llama_export.config.llama import LlamaConfig, expected_tensors
+from llama_export.config.llama import LlamaConfig
 
 _STORED = {
     "float32": ("F32", np.dtype(np.float32)),
@@ -90,7 +91,7 @@ def write_hollow_checkpoint(folder: Path, config: dict[str, object], *, dtype: s
     parsed, header = _write_config(folder, config, dtype)
     with (folder / "model.safetensors").open("wb") as stream:
         stream.write(header)
-        stream.truncate(len(header) + parsed.num_parameters * _STORED[dtype][1].itemsize)
+        stream.truncate(len(header) + count_parameters(parsed) * _STORED[dtype][1].itemsize)
     return parsed
 
 
@@ -137,7 +138,7 @@ def main() -> None:
         dtype=args.dtype,
         seed=args.seed,
     )  # fmt: skip
-    print(f"{args.folder}: {config.num_parameters:,} parameters, {args.dtype}")
+    print(f"{args.folder}: {count_parameters(config):,} parameters, {args.dtype}")
 
 
 if __name__ == "__main__":

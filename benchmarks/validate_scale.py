@@ -26,6 +26,7 @@ from published_configs import PUBLISHED
 from random_llama import write_random_checkpoint
 
 from llama_export._system.environment import environment
+from llama_export.config.decoder import count_parameters
 from llama_export.config.huggingface import config_from_dict
 from llama_export.export.export import export_checkpoint
 
@@ -56,7 +57,7 @@ def measure(name: str) -> dict[str, Any]:
         document = json.loads((report / "parity.json").read_text(encoding="utf-8"))
     met = all(found[key] <= limit for key, limit in TARGETS[name].items())
     return {
-        "dtype": dtype, "num_parameters": parsed.num_parameters, "verdict": document["verdict"], "load_average_1min": load,
+        "dtype": dtype, "num_parameters": count_parameters(parsed), "verdict": document["verdict"], "load_average_1min": load,
         **found, "target": {**TARGETS[name], "met": met},
         "stages": {stage["name"]: stage["seconds"] for stage in document["stages"] if stage["verdict"] != "not-run"},
     }  # fmt: skip
@@ -72,7 +73,7 @@ def check_disk(names: list[str]) -> None:
 
 def _weight_bytes(name: str) -> int:
     config, dtype = MODELS[name]
-    return config_from_dict({"model_type": "llama", **config}).num_parameters * (4 if dtype == "float32" else 2)
+    return count_parameters(config_from_dict({"model_type": "llama", **config})) * (4 if dtype == "float32" else 2)
 
 
 def main() -> None:

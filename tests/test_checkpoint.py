@@ -38,8 +38,8 @@ from support import (
 from llama_export.checkpoint.checkpoint import load_checkpoint, resolve_dtype
 from llama_export.checkpoint.safetensors import read_safetensors_header
 from llama_export.cli.main import main
+from llama_export.config.decoder import count_parameters, expected_tensors
 from llama_export.config.huggingface import load_config
-from llama_export.config.llama import expected_tensors
 from llama_export.errors import CheckpointError, ConfigError
 
 Capture = pytest.CaptureFixture[str]
@@ -90,7 +90,9 @@ def test_entries_point_at_the_bytes_that_safetensors_reads(tiny_checkpoint: Path
         got = np.frombuffer(raw[entry.offset : entry.offset + entry.nbytes], np.float32).reshape(entry.shape)
         np.testing.assert_array_equal(got, want[name])
     assert (
-        checkpoint.weight_bytes == sum(array.nbytes for array in want.values()) == 4 * checkpoint.config.num_parameters
+        checkpoint.weight_bytes
+        == sum(array.nbytes for array in want.values())
+        == 4 * count_parameters(checkpoint.config)
     )
 
 

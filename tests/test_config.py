@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, MakeCheckpoint, edit_json
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,21 +18,21 @@ from support import check_export_refused, patient
 
 from llama_export.checkpoint.checkpoint import load_checkpoint
 from llama_export.cli.main import main
+from llama_export.config.decoder import (
+    count_parameters,
+    decoder_modules,
+    expected_tensors,
+    linear_groups,
+    op_counts,
+)
 from llama_export.config.huggingface import config_from_dict, load_config, resolve_task
 from llama_export.config.keys import FOREIGN_KEYS, HARMLESS_KEYS, READ_KEYS
-from llama_export.config.llama import (
-    ACTIVATIONS,
-    SUPPORTED_ROPE_TYPES,
-    TASKS,
-    LlamaConfig,
-    RopeConfig,
-    Task,
-    count_parameters,
-    expected_tensors,
-)
+from llama_export.config.llama import ACTIVATIONS, SUPPORTED_ROPE_TYPES, TASKS, LlamaConfig, RopeConfig, Task
 from llama_export.config.settings import CUSTOM_OPS, EngineConfig, ExportConfig
 from llama_export.errors import ConfigError
-from llama_export.model import mlp
+from llama_export.graph.io import INTERFACES
+from llama_export.model import MODEL_CLASSES, mlp
+from llama_export.ops.table import ATTENTION
 
 Capture = pytest.CaptureFixture[str]
 CLASSES = {
@@ -793,7 +794,7 @@ def test_parameter_count_is_the_sum_of_the_textbook_terms(
     attention += (heads * dim + 2 * groups * dim + hidden) if attention_bias else 0
     feed_forward = 3 * hidden * mlp + ((2 * mlp + hidden) if mlp_bias else 0)
     total = (1 if tied else 2) * vocab * hidden + hidden + layers * (attention + feed_forward + 2 * hidden)
-    assert config.num_parameters == total
+    assert count_parameters(config) == total
     assert ("lm_head.weight" in expected_tensors(config)) is not tied
 
 
@@ -822,6 +823,21 @@ def test_tensors_are_the_parameters_of_hugging_face(
     prefix = {"question-answering": "transformer.", "feature-extraction": ""}.get(task, "model.")
     assert {name.replace("model.", prefix, 1): shape for name, shape in tensors.items()} == want
     assert count_parameters(config, task) == sum(math.prod(shape) for shape in want.values())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_modules_are_those_of_the_reference_model(task: Task) -> None:
+    """The linear layers by name and shape, and the ops that the task needs."""
+    config = config_from_dict({**BASE, "num_labels": 3, "pad_token_id": 0})
+    with torch.device("meta"):
+        model = MODEL_CLASSES[task](config)
+    described = {module.name: module for module in decoder_modules(config, task)}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {name: module.matrix for name, module in described.items() if module.matrix} == {
+        name: tuple(module.weight.shape) for name, module in linears.items()
+    }
+    assert [module.matrix for module in linear_groups(config, task)[0]] == [(96, 72), (32, 72), (32, 72)]
+    assert (ATTENTION.op_type in op_counts(config, task)) == INTERFACES[task].has_cache
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128])

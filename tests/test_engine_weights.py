@@ -131,7 +131,7 @@ def test_a_weight_that_is_copied_in_every_run_is_named(
 def test_plan_that_reads_a_weight_of_another_shape_is_refused(original: tuple[Bundle, Path]) -> None:
     bundle, path = original
     sidecar = inspect_engine(path)
-    assert not _plan.read_plan(path.read_bytes(), sidecar, engine_spec.plugin_attributes(bundle.config))[1]
+    assert not _plan.read_plan(path.read_bytes(), sidecar, engine_spec.plugin_attributes(bundle.config, bundle.task))[1]
     first, second, third, *others = sidecar.weights.tensors
     wrong = (
         first,
@@ -141,7 +141,7 @@ def test_plan_that_reads_a_weight_of_another_shape_is_refused(original: tuple[Bu
         replace(third, name="model.layers.9.mlp.up_proj.weight"),
     )
     sidecar = replace(sidecar, weights=replace(sidecar.weights, tensors=wrong))
-    problems = _plan.read_plan(path.read_bytes(), sidecar, engine_spec.plugin_attributes(bundle.config))[1]
+    problems = _plan.read_plan(path.read_bytes(), sidecar, engine_spec.plugin_attributes(bundle.config, bundle.task))[1]
     assert len(problems) == 4, "both in both profiles"
     assert "expected float32 [1, 2]" in problems[0]
     assert "`model.layers.9.mlp.up_proj.weight` is none []" in problems[1]

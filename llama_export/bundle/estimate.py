@@ -31,7 +31,8 @@ from llama_export.bundle.destination import Destination
 from llama_export.bundle.placement import shares_blocks
 from llama_export.checkpoint.checkpoint import Checkpoint
 from llama_export.checkpoint.safetensors import DTYPE_BYTES
-from llama_export.config.llama import Task, expected_tensors
+from llama_export.config.decoder import expected_tensors
+from llama_export.config.llama import Task
 from llama_export.config.settings import EngineConfig, ExportConfig
 from llama_export.errors import ToolchainError
 from llama_export.graph.io import INTERFACES

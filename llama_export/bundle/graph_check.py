@@ -44,14 +44,13 @@ from typing import NamedTuple
 from llama_export._system.files import is_plain_name, leads_out, open_regular
 from llama_export.bundle.bundle import Bundle
 from llama_export.bundle.manifest import variant_names
-from llama_export.config.llama import count_parameters
+from llama_export.config.decoder import count_parameters
 from llama_export.config.settings import VARIANTS
 from llama_export.errors import ArtifactMismatchError
 from llama_export.graph.io import INTERFACES
 from llama_export.graph.onnx_bytes import Buffer, Function, Known, Limits, Node, Refused, Tensor, read_graph
+from llama_export.ops.table import DOMAIN
 
-DOMAIN = "llama_export"
-"""Domain of the custom ops and their functions; must equal ``ops.DOMAIN``."""
 _SMALL = 1 << 20
 """Elements that a constant may grow to."""
 _FOLDED = 8

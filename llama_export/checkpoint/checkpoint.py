@@ -18,9 +18,10 @@ from pathlib import Path
 from llama_export._system.files import is_plain_name, leads_out
 from llama_export.checkpoint.path_hints import PICKLE_HINT, PICKLES, require_checkpoint_folder
 from llama_export.checkpoint.safetensors import TensorEntry, WeightFile, read_safetensors_header
+from llama_export.config.decoder import expected_tensors
 from llama_export.config.huggingface import load_config, load_json_object, resolve_task
 from llama_export.config.limits import MAX_JSON_BYTES, MAX_TENSORS, MAX_TOKENIZER_BYTES, MAX_WEIGHT_FILES
-from llama_export.config.llama import DTYPES, LlamaConfig, Task, expected_tensors
+from llama_export.config.llama import DTYPES, LlamaConfig, Task
 from llama_export.errors import CheckpointError, ConfigError, LlamaExportError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -54,7 +55,7 @@ class Checkpoint:
     folder: Path
     config: LlamaConfig
     tensors: Mapping[str, TensorEntry]
-    """Reference name -> entry; exactly the names of :func:`llama_export.config.llama.expected_tensors`."""
+    """Reference name -> entry; exactly the names of :func:`llama_export.config.decoder.expected_tensors`."""
     files: tuple[WeightFile, ...]
     """All weight files, sorted by name; one may hold only tensors that are not used (a copy of a tied head)."""
     task: Task = "causal-lm"

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from llama_export._system.text import terminal_text
 from llama_export.bundle.destination import json_bytes, write_atomically
-from llama_export.config.llama import count_parameters
+from llama_export.config.decoder import count_parameters
 from llama_export.errors import ConfigError, LlamaExportError
 from llama_export.runtime.conversation import SETTINGS, Conversation, Reply, SecondInterrupt, messages_from_file
 from llama_export.runtime.sampling_params import SamplingParams

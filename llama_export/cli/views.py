@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from llama_export._system.text import printable_values
 from llama_export.bundle.bundle import Bundle, load_bundle
 from llama_export.checkpoint.safetensors import DTYPE_BYTES, read_safetensors_header
-from llama_export.config.llama import Task, count_parameters
+from llama_export.config.decoder import count_parameters
+from llama_export.config.llama import Task
 from llama_export.graph.kv_cache import cache_names
 
 if TYPE_CHECKING:

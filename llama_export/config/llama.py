@@ -269,59 +269,11 @@ class LlamaConfig:
         return float32_value(1.0 / math.sqrt(self.head_dim))
 
     @property
-    def num_parameters(self) -> int:
-        """Distinct parameters of the causal LM: a tied output projection is counted once."""
-        return count_parameters(self)
-
-    @property
     def max_length(self) -> int:
         """The longest sequence a session or an engine may be made for, tokens: dynamic RoPE goes beyond its training."""
         if self.rope.rope_type == "dynamic" and self.rope.factor is not None:
             return math.floor(self.rope.factor * self.max_position_embeddings)
         return self.max_position_embeddings
-
-
-def expected_tensors(config: LlamaConfig, task: Task = "causal-lm") -> dict[str, tuple[int, ...]]:
-    """Reference name -> shape, in the order of the forward pass. Linear weights are [out, in].
-
-    Reference names start with ``model.`` or are those of a head; a checkpoint may store the decoder under another prefix.
-    A tied output projection is not listed: the checkpoint does not hold it.
-    """
-    hidden, heads, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    dim, mlp = config.head_dim, config.intermediate_size
-    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-
-    def linear(name: str, rows: int, columns: int, bias: bool) -> None:
-        tensors[f"{name}.weight"] = (rows, columns)
-        if bias:
-            tensors[f"{name}.bias"] = (rows,)
-
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        tensors[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        linear(f"{prefix}.self_attn.q_proj", heads * dim, hidden, config.attention_bias)
-        linear(f"{prefix}.self_attn.k_proj", kv * dim, hidden, config.attention_bias)
-        linear(f"{prefix}.self_attn.v_proj", kv * dim, hidden, config.attention_bias)
-        linear(f"{prefix}.self_attn.o_proj", hidden, heads * dim, config.attention_bias)
-        tensors[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        linear(f"{prefix}.mlp.gate_proj", mlp, hidden, config.mlp_bias)
-        linear(f"{prefix}.mlp.up_proj", mlp, hidden, config.mlp_bias)
-        linear(f"{prefix}.mlp.down_proj", hidden, mlp, config.mlp_bias)
-    tensors["model.norm.weight"] = (hidden,)
-    if task == "causal-lm" and not config.tie_word_embeddings:
-        linear("lm_head", config.vocab_size, hidden, bias=False)
-    elif task == "sequence-classification":
-        linear("score", config.num_labels, hidden, bias=False)
-    elif task == "token-classification":
-        linear("score", config.num_labels, hidden, config.token_classification_bias)
-    elif task == "question-answering":
-        linear("qa_outputs", 2, hidden, bias=True)
-    return tensors
-
-
-def count_parameters(config: LlamaConfig, task: Task = "causal-lm") -> int:
-    """Distinct parameters: a tied output projection is counted once."""
-    return sum(math.prod(shape) for shape in expected_tensors(config, task).values())
 
 
 def float32_value(value: float) -> float:

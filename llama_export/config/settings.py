@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from llama_export.config.checks import check_fields, check_value
 from llama_export.config.llama import TASKS
 from llama_export.errors import ConfigError
+from llama_export.ops.table import OP_SPECS
 
 Backend = Literal["tensorrt-rtx", "tensorrt"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -20,8 +21,8 @@ WeightsMode = Literal["auto", "link", "copy", "embed"]
 WEIGHTS_MODES: tuple[str, ...] = get_args(WeightsMode)
 VARIANTS = ("int4", "int8")
 """Types of quantised weights: see :mod:`llama_export.export.quantize`."""
-CUSTOM_OPS = ("LlamaRMSNorm", "LlamaAddRMSNorm", "LlamaAttention", "LlamaMaskedAttention")
-"""The graphs' ops that an engine computes by a plugin or by TensorRT's own layers; must equal ``ops.OP_SPECS``."""
+CUSTOM_OPS = tuple(OP_SPECS)
+"""The graphs' ops that an engine computes by a plugin or by TensorRT's own layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,7 +41,7 @@ from llama_export._system.process import peak_rss_bytes
 from llama_export.bundle.bundle import ENGINES_NAME, Bundle
 from llama_export.bundle.destination import json_bytes, unchanged, write_error
 from llama_export.bundle.estimate import estimate_build
-from llama_export.bundle.graph_check import DOMAIN, check_graph
+from llama_export.bundle.graph_check import check_graph
 from llama_export.bundle.placement import Progress
 from llama_export.checkpoint.safetensors import TensorEntry
 from llama_export.config.llama import DType, Task
@@ -84,6 +84,7 @@ from llama_export.engine.weights import (
 from llama_export.errors import ConfigError, EngineBuildError, MissingDependencyError, ToolchainError, numbered
 from llama_export.graph.io import INTERFACES
 from llama_export.graph.kv_cache import CAPACITY
+from llama_export.ops.table import DOMAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,7 +325,7 @@ def _with_plan_facts(staged: Path, sidecar: EngineSidecar, bundle: Bundle) -> En
     if not is_readable(sidecar):
         return replace(sidecar, compute_capabilities=(gpu_compute_capability(),))
     with staged.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        facts, problems = read_plan(content, sidecar, plugin_attributes(bundle.config))
+        facts, problems = read_plan(content, sidecar, plugin_attributes(bundle.config, bundle.task))
     if problems:
         raise EngineBuildError(
             "the builder made an engine that is not what the config implies",

@@ -123,7 +123,7 @@ def check_engine(bundle: Bundle, engine_path: Path) -> EngineFacts:
             not_checked.append(f"the plugin library: {err.message}")
     if not problems and is_readable(sidecar):
         with engine_path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            plan_facts, problems = read_plan(plan, sidecar, plugin_attributes(bundle.config))
+            plan_facts, problems = read_plan(plan, sidecar, plugin_attributes(bundle.config, bundle.task))
         problems += [
             f"{key}: got {_shown(getattr(sidecar, key))}, the plan says {_shown(value)}"
             for key, value in plan_facts.items()

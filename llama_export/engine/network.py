@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from llama_export.bundle.bundle import Bundle
-from llama_export.bundle.graph_check import DOMAIN
 from llama_export.engine.sidecar import EngineTensor
 from llama_export.engine.spec import (
     ATTENTION,
@@ -25,16 +24,20 @@ from llama_export.engine.spec import (
 from llama_export.errors import EngineBuildError, numbered
 from llama_export.graph.io import INTERFACES
 from llama_export.graph.kv_cache import cache_names, present_name
-
-_ATTENTION_MASK = 5
-"""Input of ``LlamaMaskedAttention``."""
-
-
-_PAST_KEY, _PAST_VALUE, _PAST_LENGTH = 5, 6, 7
+from llama_export.ops import table
+from llama_export.ops.table import DOMAIN, TensorSpec
 
 
-_PRESENT_KEY, _PRESENT_VALUE = 1, 2
-"""Inputs and outputs of ``LlamaAttention``, in the order of ``ops/attention.py``."""
+def _index(tensors: tuple[TensorSpec, ...], name: str) -> int:
+    return next(index for index, tensor in enumerate(tensors) if tensor.name == name)
+
+
+_ATTENTION_MASK = _index(table.MASKED_ATTENTION.inputs, "attention_mask")
+_PAST_KEY, _PAST_VALUE, _PAST_LENGTH = (
+    _index(table.ATTENTION.inputs, name) for name in ("past_key", "past_value", "past_length")
+)
+_PRESENT_KEY, _PRESENT_VALUE = (_index(table.ATTENTION.outputs, name) for name in ("present_key", "present_value"))
+"""Places of the ops' inputs and outputs."""
 
 
 def check_network(

@@ -41,6 +41,7 @@ from typing import Any
 from llama_export.checkpoint.safetensors import TensorEntry
 from llama_export.engine.sidecar import EngineSidecar, EngineTensor
 from llama_export.graph.kv_cache import present_name
+from llama_export.ops.table import ATTENTION, MASKED_ATTENTION
 
 Buffer = Any
 """bytes, or a memory map."""
@@ -54,8 +55,8 @@ _DIMS = re.compile(rb"\x59\x80\x01\x00\x07\x80\x01\x00(.{4})\x01\x80\x09\x80\x01
 _FIELD_VALUE = b"\x01\x80\x03\x80\x01\x00"
 """Stands before the 64-bit length and the bytes of a field's value."""
 _FIELD_TYPES = {"INT32": "<i", "INT64": "<q", "FP32": "<f"}
-_ATTENTION = "LlamaAttention"
-_WITH_WORKSPACE = (_ATTENTION, "LlamaMaskedAttention")
+_ATTENTION = ATTENTION.op_type
+_WITH_WORKSPACE = (_ATTENTION, MASKED_ATTENTION.op_type)
 """Ops whose plugins store ``workspace_bytes``, the scratch memory that TensorRT reserves for a call of the profile."""
 _DTYPE_FIELDS = {"float32": 0, "float16": 1, "bfloat16": 7}
 """``nvinfer1::DataType``: what a plugin stores as its field ``dtype``."""

@@ -25,6 +25,7 @@ from llama_export._system.content import sha256_of_file
 from llama_export.config.llama import LlamaConfig
 from llama_export.config.settings import CUSTOM_OPS
 from llama_export.errors import ToolchainError
+from llama_export.ops.table import ADD_RMS_NORM, ATTENTION, MASKED_ATTENTION, RMS_NORM
 
 __all__ = [
     "ABI", "NAMESPACE", "PLUGIN_VERSION", "VERSIONS", "Creator", "PluginLibrary", "check_chip", "check_creators",
@@ -46,10 +47,10 @@ INTERPRETER = "3.9."
 """Prefix of the Triton versions whose interpreter is relied on: 3.6's fails with NumPy 2.5, and each differs inside."""
 _INSTALL = "pip install ./plugins, or build an engine without plugin layers: --ops native"
 _REINSTALL = "pip install --force-reinstall ./plugins, or build an engine without plugin layers: --ops native"
-_ATTENTION, _MASKED_ATTENTION = "LlamaAttention", "LlamaMaskedAttention"
+_ATTENTION, _MASKED_ATTENTION = ATTENTION.op_type, MASKED_ATTENTION.op_type
 _KERNELS = {
-    "LlamaRMSNorm": ("rms_norm",),
-    "LlamaAddRMSNorm": ("add_rms_norm",),
+    RMS_NORM.op_type: ("rms_norm",),
+    ADD_RMS_NORM.op_type: ("add_rms_norm",),
     _ATTENTION: ("rotate_and_append", "attention_prefill", "attention_split", "attention_combine"),
     _MASKED_ATTENTION: ("rotate_and_append", "attention_padded"),
 }

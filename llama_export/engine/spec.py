@@ -14,13 +14,15 @@ from typing import cast
 
 from llama_export.bundle.bundle import Bundle
 from llama_export.checkpoint.safetensors import TensorEntry
-from llama_export.config.llama import DType, LlamaConfig, float32_value
+from llama_export.config.decoder import decoder_modules, linear_groups, op_counts
+from llama_export.config.llama import DType, LlamaConfig, Task
 from llama_export.config.settings import CUSTOM_OPS, EngineConfig
 from llama_export.engine.plugins import ABI
 from llama_export.engine.sidecar import EngineSettings, EngineSidecar, EngineTensor, Profiles
 from llama_export.errors import ShapeError
 from llama_export.graph.io import INTERFACES, is_single_text
 from llama_export.graph.kv_cache import CAPACITY, cache_names, cache_shape
+from llama_export.ops import table
 
 DEFAULT_CAPACITY = 4096
 """Cache capacity in tokens when none is asked for and the model allows more."""
@@ -34,7 +36,7 @@ PREFILL, DECODE, TEXTS = "prefill", "decode", "texts"
 """Optimization profiles: the first two of a causal LM, the last of the heads without a cache."""
 
 
-ATTENTION, MASKED_ATTENTION = "LlamaAttention", "LlamaMaskedAttention"
+ATTENTION, MASKED_ATTENTION = table.ATTENTION.op_type, table.MASKED_ATTENTION.op_type
 
 
 def resolve_capacity(config: LlamaConfig, max_seq_len: int | None) -> int:
@@ -140,42 +142,34 @@ def engine_profiles(bundle: Bundle, capacity: int, max_batch: int, count: int = 
 
 def expected_layers(bundle: Bundle, plugin_ops: Collection[str]) -> dict[str, int]:
     """TensorRT layer type -> count that the network must have. No other count is fixed."""
-    layers, has_cache = bundle.config.num_hidden_layers, INTERFACES[bundle.task].has_cache
-    native_attentions = 0 if _attention_op(bundle) in plugin_ops else layers
-    heads = 0 if bundle.task == "feature-extraction" else 1
+    counts = op_counts(bundle.config, cast(Task, bundle.task))
+    native = {op: counts.get(op, 0) for op in (ATTENTION, MASKED_ATTENTION) if op not in plugin_ops}
+    attentions = sum(native.values())
     return {
-        "KV_CACHE_UPDATE": 2 * native_attentions if has_cache else 0,
-        "ROTARY_EMBEDDING": 2 * native_attentions,
-        "ATTENTION_INPUT": native_attentions,
-        "ATTENTION_OUTPUT": native_attentions,
-        "MATRIX_MULTIPLY": 7 * layers + heads,
+        "KV_CACHE_UPDATE": 2 * native.get(ATTENTION, 0),
+        "ROTARY_EMBEDDING": 2 * attentions,
+        "ATTENTION_INPUT": attentions,
+        "ATTENTION_OUTPUT": attentions,
+        "MATRIX_MULTIPLY": sum(map(len, linear_groups(bundle.config, cast(Task, bundle.task)))),
         "PLUGIN_V3": sum(expected_plugin_layers(bundle, plugin_ops).values()),
     }
 
 
-def _attention_op(bundle: Bundle) -> str:
-    return ATTENTION if INTERFACES[bundle.task].has_cache else MASKED_ATTENTION
-
-
 def expected_plugin_layers(bundle: Bundle, plugin_ops: Collection[str]) -> dict[str, int]:
-    """op -> plugin layers: one attention a layer; the first norm has no sum before it, all others have."""
-    layers = bundle.config.num_hidden_layers
-    counts = {"LlamaAddRMSNorm": 2 * layers, _attention_op(bundle): layers, "LlamaRMSNorm": 1}
+    """op -> plugin layers."""
+    counts = op_counts(bundle.config, cast(Task, bundle.task))
     return {op: count for op, count in counts.items() if op in plugin_ops}
 
 
-def plugin_attributes(config: LlamaConfig) -> dict[str, dict[str, int | float]]:
+def plugin_attributes(config: LlamaConfig, task: str) -> dict[str, dict[str, int | float]]:
     """op -> field -> value that every plugin layer of the op must carry: the ABI of its library, its attributes, and what it
     noted at build."""
-    norm = {"abi": ABI, "epsilon": float32_value(config.rms_norm_eps), "hidden_size": config.hidden_size}
-    attention = {
-        "abi": ABI,
-        "num_heads": config.num_attention_heads,
-        "num_kv_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "scale": config.softmax_scale,
-    }
-    return {"LlamaRMSNorm": norm, "LlamaAddRMSNorm": norm, ATTENTION: attention, MASKED_ATTENTION: attention}
+    found: dict[str, dict[str, int | float]] = {}
+    for module in decoder_modules(config, cast(Task, task)):
+        if module.op is not None:
+            noted = {"hidden_size": module.weights["weight"][0]} if module.weights else {}
+            found[module.op] = {"abi": ABI, **module.attributes, **noted}
+    return found
 
 
 def may_decompose(dtype: str, plugin_ops: Collection[str] = ()) -> bool:

@@ -59,7 +59,7 @@ from llama_export.bundle.manifest import (
 from llama_export.bundle.placement import Progress, place_text_files, place_weights
 from llama_export.checkpoint.checkpoint import Checkpoint, load_checkpoint, resolve_dtype
 from llama_export.checkpoint.safetensors import WeightFile
-from llama_export.config.llama import count_parameters
+from llama_export.config.decoder import count_parameters
 from llama_export.config.settings import ExportConfig
 from llama_export.errors import ExportError, MissingDependencyError
 from llama_export.export.initializers import ONNX_DTYPE, reference_weights, retype

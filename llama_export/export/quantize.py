@@ -61,6 +61,7 @@ from llama_export.bundle.estimate import free_disk
 from llama_export.bundle.graph_check import check_graph
 from llama_export.bundle.manifest import QuantizedRecord, variant_names
 from llama_export.bundle.placement import Progress
+from llama_export.config.decoder import linear_groups
 from llama_export.config.llama import LlamaConfig
 from llama_export.errors import CheckpointError, ConfigError, ExportError, MissingDependencyError, ToolchainError
 from llama_export.export.rounding import SCHEMES, Float32Array, Scheme, UInt8Array, quantize_rows
@@ -318,15 +319,7 @@ def _matrices(graph: onnx.GraphProto, config: LlamaConfig) -> list[list[Matrix]]
             name = makers[name].input[0]
         if name in initializers:
             groups.setdefault(node.input[0], []).append(Matrix(node=node, weight=initializers[name]))
-    hidden, heads, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    dim, mlp = config.head_dim, config.intermediate_size
-    layer = [
-        [(heads * dim, hidden), (kv * dim, hidden), (kv * dim, hidden)],
-        [(hidden, heads * dim)],
-        [(mlp, hidden)] * 2,
-        [(hidden, mlp)],
-    ]
-    expected = layer * config.num_hidden_layers + [[(config.vocab_size, hidden)]]
+    expected = [[module.matrix for module in group] for group in linear_groups(config)]
     got = [[part.shape for part in group] for group in groups.values()]
     if got != expected:
         raise ExportError(

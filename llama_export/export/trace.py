@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from llama_export.config.decoder import op_counts
 from llama_export.config.llama import LlamaConfig, Task
 from llama_export.errors import ExportError, MissingDependencyError
 from llama_export.graph.io import INTERFACES, is_single_text
@@ -198,13 +199,6 @@ def _share_tied_embedding(graph: ir.Graph, config: LlamaConfig) -> None:
         graph.register_initializer(value)
 
 
-def expected_op_counts(config: LlamaConfig, task: Task) -> dict[str, int]:
-    """Custom nodes the graph must hold: the first norm has no residual before it, all others do."""
-    layers = config.num_hidden_layers
-    attention = "LlamaAttention" if INTERFACES[task].has_cache else "LlamaMaskedAttention"
-    return {"LlamaRMSNorm": 1, "LlamaAddRMSNorm": 2 * layers, attention: layers}
-
-
 def custom_op_counts(proto: onnx.ModelProto) -> dict[str, int]:
     """op_type -> number of nodes of our domain."""
     return dict(Counter(node.op_type for node in proto.graph.node if node.domain == DOMAIN))
@@ -212,10 +206,10 @@ def custom_op_counts(proto: onnx.ModelProto) -> dict[str, int]:
 
 def _check_counts(graph: ir.Graph, config: LlamaConfig, task: Task) -> None:
     got = dict(Counter(node.op_type for node in graph if node.domain == DOMAIN))
-    if got != expected_op_counts(config, task):
+    if got != op_counts(config, task):
         raise ExportError(
             "the traced graph does not hold the ops the config implies",
-            details={"got": got, "expected": expected_op_counts(config, task)},
+            details={"got": got, "expected": op_counts(config, task)},
             hint="this is a bug or an untested torch version: see `llama-export env`",
         )
 

@@ -25,6 +25,7 @@ from llama_export._system.process import trim_heap
 from llama_export.bundle.bundle import Bundle
 from llama_export.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from llama_export.config.checks import check_fields, checked_int
+from llama_export.config.decoder import count_parameters
 from llama_export.config.huggingface import load_json_object
 from llama_export.engine.check import check_engine
 from llama_export.engine.plugins import find_library, kernels_installed
@@ -145,7 +146,7 @@ class Validator:
         return load(self.checkpoint, dtype)
 
     def _is_large(self, dtype: torch.dtype) -> bool:
-        return self.llama.num_parameters * dtype.itemsize > _RESIDENT_BYTES
+        return count_parameters(self.llama) * dtype.itemsize > _RESIDENT_BYTES
 
     def transformers_model(self, dtype: torch.dtype) -> Any:
         """Hugging Face's eager model from the checkpoint's files; a large causal LM reads its weights as it goes.

@@ -20,6 +20,7 @@ import numpy as np
 from llama_export._system.process import peak_rss_bytes, resident_bytes
 from llama_export.bundle.bundle import Bundle
 from llama_export.bundle.placement import Progress
+from llama_export.config.decoder import count_parameters
 from llama_export.config.llama import LlamaConfig
 from llama_export.graph.kv_cache import cache_shape
 from llama_export.runtime.generation import generate_steps
@@ -152,7 +153,7 @@ def step_bytes(config: LlamaConfig, length: int, weight_bytes: int | None = None
     """
     if weight_bytes is None:
         embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-        weight_bytes = 4 * (config.num_parameters - embedding)
+        weight_bytes = 4 * (count_parameters(config) - embedding)
     return weight_bytes + cache_bytes(config, length)
 
 

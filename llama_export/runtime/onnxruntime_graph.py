@@ -20,7 +20,7 @@ from llama_export._system.files import open_regular
 from llama_export._system.process import available_memory, trim_heap
 from llama_export.bundle.bundle import Bundle
 from llama_export.bundle.graph_check import check_graph
-from llama_export.config.llama import count_parameters
+from llama_export.config.decoder import count_parameters
 from llama_export.errors import (
     ArtifactMismatchError,
     ConfigError,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_export.bundle.bundle import Bundle
-from llama_export.config.llama import expected_tensors
+from llama_export.config.decoder import expected_tensors
 from llama_export.errors import ConfigError, MissingDependencyError
 from llama_export.graph.kv_cache import cache_names
 from llama_export.parity.judge import KERNEL_TOKENS, Measured, ValidateConfig
