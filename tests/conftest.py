@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,3 +89,60 @@ def edit_json(path: Path, **changes: Any) -> None:
         else:
             data[key] = value
     path.write_text(json.dumps(data), encoding="utf-8")
+
+
+# ---- tiers ------------------------------------------------------------------------------------------------------
+# `make test` runs what is not marked slow, `make test-all` the rest. Long functions are marked by what they take, which
+# tests/seconds.json remembers (`make test-seconds` measures it): a case above LONGEST seconds is slow; of a function
+# whose cases take longer than SHARE seconds together, a sample of about SHARE seconds is not, another one each day.
+
+SECONDS = Path(__file__).with_name("seconds.json")
+LONGEST, SHARE, LISTED = 12.0, 5.0, 2.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--day", type=int, default=datetime.date.today().toordinal(), help="Which sample of long test functions runs."
+    )
+    parser.addoption("--write-seconds", action="store_true", help=f"Write {SECONDS.name}, from a run of all tests.")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"sample of long test functions: --day {config.getoption('--day')}"
+
+
+def _function(nodeid: str) -> str:
+    return nodeid.partition("[")[0]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seconds: dict[str, float] = json.loads(SECONDS.read_text(encoding="utf-8")) if SECONDS.is_file() else {}
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            functions.setdefault(_function(item.nodeid), []).append(item)
+    for name, cases in functions.items():
+        each = seconds.get(name, 0.0)
+        kept = 0 if each > LONGEST else len(cases) if each == 0 else max(1, int(SHARE / each))
+        if kept < len(cases):
+            first = config.getoption("--day")
+            sample = {(first + index * len(cases) // kept) % len(cases) for index in range(kept)}
+            for index, item in enumerate(cases):
+                if index not in sample:
+                    item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Mean seconds of a case, its fixtures included, by function; only of functions that take :data:`LISTED` in all."""
+    if not config.getoption("--write-seconds"):
+        return
+    reports = [one for kind in ("passed", "failed", "") for one in terminalreporter.stats.get(kind, ())]
+    total: Counter[str] = Counter()
+    cases: dict[str, set[str]] = {}
+    for report in reports:
+        if hasattr(report, "duration"):
+            total[_function(report.nodeid)] += report.duration
+            cases.setdefault(_function(report.nodeid), set()).add(report.nodeid)
+    found = {name: round(total[name] / len(cases[name]), 3) for name in sorted(total) if total[name] >= LISTED}
+    SECONDS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
