@@ -29,7 +29,10 @@ from llama_export.errors import LlamaExportError
 from llama_export.export import export, trace
 
 ORIGINALS = {
-    name: getattr(export, name) for name in ("trace_program", "graph_from_program", "model_proto", "check_model")
+    (trace, "trace_program"): trace.trace_program,
+    (trace, "graph_from_program"): trace.graph_from_program,
+    (export, "model_proto"): export.model_proto,
+    (export, "check_model"): export.check_model,
 }
 _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.utime", "exchange")
 
@@ -199,8 +202,8 @@ def observe(made: Scenario, killed: str) -> dict[str, Any]:
 
 def restore() -> None:
     """The next export has a trace of its own."""
-    for name, function in ORIGINALS.items():
-        setattr(export, name, function)
+    for (module, name), function in ORIGINALS.items():
+        setattr(module, name, function)
 
 
 def random_moments(checkpoint: Path, scratch: Path, rng: random.Random, count: int) -> list[dict[str, Any]]:

@@ -42,22 +42,6 @@ def test_every_command_that_is_shown_exists() -> None:
     assert named <= set(cli.commands)
 
 
-def test_every_file_of_the_map_exists() -> None:
-    (tree,) = re.findall(r"```\nllama_export/\n(.*?)```", README, flags=re.DOTALL)
-    folder, found = ROOT / "llama_export", 0
-    for line in tree.splitlines():
-        if not line.startswith(" "):
-            folder = ROOT
-        names = (
-            line.split("  ")[0].split() if not line.startswith("  ") else re.split(r"\s{2,}", line.strip())[0].split()
-        )
-        for name in names:
-            if re.fullmatch(r"[\w.]+(/|\.py|\.md|\.toml)", name):
-                assert (folder / name).exists(), name
-                found += 1
-    assert found >= 15
-
-
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_paths_in_documents_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
