@@ -108,6 +108,9 @@ class FakeCuda:
     def cudaStreamCreate(self) -> tuple[int, int]:  # noqa: N802
         return 0, 7
 
+    def cudaStreamDestroy(self, stream: int) -> tuple[int]:  # noqa: N802
+        return (0,)
+
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:  # noqa: N802
         return (0,)
 

@@ -365,7 +365,7 @@ def test_build_prints_the_keys_of_the_contract(bundle: Path, capsys: Capture, mo
 
     monkeypatch.setattr(engine, "build_engine", build)
     options = ["--max-seq-len", "64", "--max-batch", "2", "--tf32", "--force", "--weights", "input", "--profiles", "1"]
-    options += ["--compute-capability", "8.9", "--compute-capability", "12.0", "--version-compatible"]
+    options += ["--compute-capability", "8.9", "--compute-capability", "12.0"]
     options += ["--ignore-estimate"]
     assert main(["build", str(bundle), *options, "--json"]) == 0
     captured = capsys.readouterr()
@@ -376,11 +376,17 @@ def test_build_prints_the_keys_of_the_contract(bundle: Path, capsys: Capture, mo
     assert captured.err == "build: one stage\n"
     assert seen == {
         "backend": "tensorrt-rtx", "ops": "plugin", "max_seq_len": 64, "max_batch": 2, "tf32": True, "force": True,
-        "weights": "input", "profiles": 1, "compute_capabilities": ("8.9", "12.0"), "version_compatible": True,
+        "weights": "input", "profiles": 1, "compute_capabilities": ("8.9", "12.0"),
         "ignore_estimate": True, "bundle": bundle,
     }  # fmt: skip
     assert main(["build", str(bundle)]) == 0
     assert capsys.readouterr().out == "x.engine\n"
+
+
+def test_a_command_leaves_no_signal_handler() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["env"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_validate_without_matplotlib_has_a_verdict_and_a_page_without_figures(

@@ -81,7 +81,7 @@ def test_engine_and_sidecar_are_what_the_config_implies(built: dict[str, tuple[B
     assert sidecar.onnx_sha256 == bundle.manifest.graph_sha256
     assert (sidecar.dtype, sidecar.kv_cache_capacity, sidecar.max_batch) == (dtype, CAPACITY, 3)
     assert asdict(sidecar.settings) == {
-        "tf32": False, "strongly_typed": True, "decomposable_attention": dtype == "float32", "version_compatible": False,
+        "tf32": False, "strongly_typed": True, "decomposable_attention": dtype == "float32",
     }  # fmt: skip
     assert sidecar.layers["KV_CACHE_UPDATE"] == 2 * LAYERS
     assert sidecar.layers["ATTENTION_INPUT"] == LAYERS

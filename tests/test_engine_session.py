@@ -88,6 +88,9 @@ def test_session_prefills_and_decodes_in_place(built: dict[str, tuple[Bundle, Pa
     memory = session._loaded._cuda.memory
     session.close()
     assert not memory
+    session.reset()
+    with pytest.raises(ToolchainError, match="an engine that was closed"):
+        session.step([[1], [1]])
 
 
 def test_decode_steps_are_launched_as_a_graph(built: dict[str, tuple[Bundle, Path]], fake_gpu: FakeEngine) -> None:

@@ -28,7 +28,7 @@ from llama_export.engine.check import check_engine, inspect_engine
 from llama_export.engine.refit import refit_engine
 from llama_export.engine.spec import rebuild_command
 from llama_export.engine.weights import bundle_tensors, make_weights_inputs
-from llama_export.errors import ArtifactMismatchError, ConfigError, EngineBuildError, ToolchainError
+from llama_export.errors import ArtifactMismatchError, ConfigError
 from llama_export.export.export import export_checkpoint
 from llama_export.runtime import loaded_engine
 from llama_export.runtime.engine_session import EngineSession
@@ -365,16 +365,10 @@ def test_engine_for_named_gpus_runs_on_those_alone(
                 loaded_engine.check_machine(facts, trt.__version__, path, bundle)
 
 
-def test_version_compatible_engine_takes_later_versions_of_its_major(original: tuple[Bundle, Path]) -> None:
-    sidecar = check_engine(*original).sidecar
-    built = sidecar.backend_version
-    later = replace(sidecar, settings=replace(sidecar.settings, version_compatible=True))
-    accepted = [
-        version
-        for version in (built, "1.7.2.5", "1.9.0.0", "1.6.9.0", "2.0.0.0")
-        if loaded_engine._loads(later, version)
-    ]
-    assert accepted == [built, "1.7.2.5", "1.9.0.0"]
+def test_an_engine_needs_its_version_of_the_backend(original: tuple[Bundle, Path]) -> None:
+    sidecar = replace(check_engine(*original).sidecar, backend_version="1.7.1.116")
+    versions = ("1.7.1.116", "1.7.1.200", "1.7.2.5", "1.9.0.0", "1.6.9.0", "2.0.0.0")
+    assert [version for version in versions if loaded_engine._loads(sidecar, version)] == ["1.7.1.116", "1.7.1.200"]
 
 
 def test_rebuild_command_is_one_that_the_command_line_takes(
@@ -394,7 +388,6 @@ def test_rebuild_command_is_one_that_the_command_line_takes(
         (["--compute-capability", "9.0"], 2, "8.0, 8.6, 8.9, 12.0, 12.1"),
         (["--compute-capability", "sm_90"], 2, "major.minor"),
         (["--weights", "stripped"], 3, "--weights input needs none"),
-        (["--version-compatible"], 3, "lean runtime"),
         (["--backend", "tensorrt", "--compute-capability", "9.0"], 3, "tensorrt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -433,8 +426,3 @@ def test_another_network_has_other_compiled_graphs(original: tuple[Bundle, Path]
     bundle, path = original
     other = Path(build_engine(bundle, EngineConfig(ops="native", max_seq_len=40, max_batch=2, weights="input")).engine)
     assert inspect_engine(other).compiled_graphs_sha256 != inspect_engine(path).compiled_graphs_sha256
-
-
-def test_refused_version_says_what_is_missing(original: tuple[Bundle, Path]) -> None:
-    with pytest.raises((EngineBuildError, ToolchainError)):
-        build_engine(original[0], EngineConfig(ops="native", max_seq_len=48, version_compatible=True))

@@ -45,7 +45,6 @@ from llama_export.config.settings import BACKENDS, ENGINE_WEIGHTS, EngineConfig
     "--compute-capability", "compute_capabilities", multiple=True, metavar="MAJOR.MINOR",
     help="GPU to compile for; may be repeated.  [default: one engine for all that TensorRT-RTX supports]",
 )  # fmt: skip
-@click.option("--version-compatible", is_flag=True, help="Let later versions of the backend load the engine.")
 @click.option("--tf32", is_flag=True, help="Let float32 matrix products round their inputs to TF32.")
 @click.option("--force", is_flag=True, help="Replace an engine of the same name.")
 @ignore_estimate_flag
@@ -53,7 +52,7 @@ from llama_export.config.settings import BACKENDS, ENGINE_WEIGHTS, EngineConfig
 @json_flag
 def build(
     bundle: Path, backend: Any, ops: str, max_seq_len: int | None, max_batch: int, weights: Any, profiles: str,
-    compute_capabilities: tuple[str, ...], version_compatible: bool, tf32: bool, force: bool, ignore_estimate: bool,
+    compute_capabilities: tuple[str, ...], tf32: bool, force: bool, ignore_estimate: bool,
     ignore_hashes: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Build a TensorRT engine from BUNDLE. Needs no GPU."""
@@ -62,7 +61,7 @@ def build(
 
     config = EngineConfig(
         backend=backend, ops=ops, max_seq_len=max_seq_len, max_batch=max_batch, weights=weights, profiles=int(profiles),
-        compute_capabilities=compute_capabilities, version_compatible=version_compatible, tf32=tf32, force=force,
+        compute_capabilities=compute_capabilities, tf32=tf32, force=force,
         ignore_estimate=ignore_estimate,
     )  # fmt: skip
     opened = load_bundle(bundle, ignore_hashes=ignore_hashes)

@@ -12,7 +12,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import click
@@ -75,12 +76,22 @@ for command in (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; see :data:`EXIT_CODES`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with contextlib.suppress(ValueError):  # not in the main thread
-        # A terminated export must still remove its temporary folder: turn the signal into an exception.
-        signal.signal(signal.SIGTERM, terminate)
     _open_standard_streams()
-    with watched():
+    with _sigterm_raises(), watched():
         return _main(arguments)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """A terminated export must still remove its temporary folder: the signal becomes an exception."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no handler can be set
+        return
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _open_standard_streams() -> None:

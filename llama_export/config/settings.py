@@ -85,8 +85,6 @@ class EngineConfig:
     build time and half the engine, by kernels chosen for the shapes of a prefill."""
     compute_capabilities: tuple[str, ...] = ()
     """GPUs to compile for, e.g. ``8.9``; empty: what the backend does by itself, for TensorRT-RTX one engine for all."""
-    version_compatible: bool = False
-    """Let later versions of the backend load the engine."""
     force: bool = False
     """Replace an engine of the same name."""
     ignore_estimate: bool = False

@@ -162,7 +162,7 @@ def build_engine(
             plan = _serialize(job, network, progress, staged)
         seconds = round(time.perf_counter() - start, 3)
         sidecar = _sidecar(job, proto, network, plan, seconds)
-        sidecar = _with_plan_facts(staged, sidecar, bundle)
+        sidecar = _with_plan_facts(staged, sidecar, bundle, job.config.compute_capabilities)
         _check_targets(sidecar, job.config, job.library)
         if copied := sidecar.weights_copied_per_run:
             log(
@@ -316,14 +316,15 @@ def _plugin_library(config: EngineConfig) -> plugins.PluginLibrary:
     return library
 
 
-def _with_plan_facts(staged: Path, sidecar: EngineSidecar, bundle: Bundle) -> EngineSidecar:
+def _with_plan_facts(staged: Path, sidecar: EngineSidecar, bundle: Bundle, asked: tuple[str, ...]) -> EngineSidecar:
     """The sidecar with what the plan says of itself.
 
     Raises:
         EngineBuildError: the plan is not what the sidecar says.
     """
     if not is_readable(sidecar):
-        return replace(sidecar, compute_capabilities=(gpu_compute_capability(),))
+        # The plan of another version: what was asked for, else what it was built on.
+        return replace(sidecar, compute_capabilities=asked or (gpu_compute_capability(),))
     with staged.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         facts, problems = read_plan(content, sidecar, plugin_attributes(bundle.config, bundle.task))
     if problems:
@@ -486,8 +487,6 @@ def _serialize(job: _Job, parsed: _Network, progress: Progress, path: Path) -> A
     _set_targets(trt, settings, config)
     if config.weights == "stripped":
         settings.set_flag(trt.BuilderFlag.STRIP_PLAN)  # implies that it can be refitted
-    if config.version_compatible:
-        settings.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if ATTENTION in job.plugin_ops:
         with deferred():
             _check_aliasing(builder, parsed.network, settings, messages)
@@ -561,7 +560,6 @@ def _check_aliasing(builder: Any, network: Any, settings: Any, messages: Any) ->
 _REFUSALS = {
     "dedicated kernel": "TensorRT has no 16-bit attention kernel for this shape: export with --dtype float32, or build "
     "with --max-batch 2",
-    "libnvinfer_lean": "leave --version-compatible out: the lean runtime that such an engine carries is not installed",
     "Turing": "compute capability 7.5 has no kernels for this: leave it out, or try --dtype float16",
 }
 """What TensorRT says -> what to do."""

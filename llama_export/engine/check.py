@@ -157,7 +157,6 @@ def _sidecar_problems(sidecar: EngineSidecar, bundle: Bundle) -> list[str]:
         tf32=sidecar.settings.tf32,
         weights=sidecar.weights.mode,
         profiles=1 if set(sidecar.profiles) == {PREFILL} else 2,
-        version_compatible=sidecar.settings.version_compatible,
     )
     plugin_ops, capacity = settings.plugin_ops & bundle.ops, resolve_capacity(bundle.config, sidecar.max_seq_len)
     expected: dict[str, object] = {

@@ -64,8 +64,6 @@ class EngineSettings:
     strongly_typed: bool
     decomposable_attention: bool
     """TensorRT's own attention may become separate products and a softmax."""
-    version_compatible: bool
-    """Later versions of the backend may load it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

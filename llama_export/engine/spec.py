@@ -75,7 +75,7 @@ def engine_name(bundle: Bundle, config: EngineConfig, capacity: int) -> str:
     parts += ["p1"] if config.profiles == 1 and INTERFACES[bundle.task].has_cache else []
     parts += [f"weights-{config.weights}"] if config.weights != "constant" else []
     parts += [f"cc{capability}" for capability in config.compute_capabilities]
-    parts += [flag for flag, on in (("vc", config.version_compatible), ("tf32", config.tf32)) if on]
+    parts += ["tf32"] if config.tf32 else []
     return f"{'-'.join(parts)}.{config.backend}.engine"
 
 
@@ -107,7 +107,6 @@ def engine_settings(bundle: Bundle, config: EngineConfig) -> EngineSettings:
         tf32=config.tf32,
         strongly_typed=True,
         decomposable_attention=may_decompose(bundle.dtype, config.plugin_ops & bundle.ops),
-        version_compatible=config.version_compatible,
     )
 
 
@@ -189,5 +188,4 @@ def rebuild_command(sidecar: EngineSidecar, bundle: Path) -> str:
     words += ["--weights", sidecar.weights.mode] if sidecar.weights.mode != "constant" else []
     words += ["--profiles", "1"] if set(sidecar.profiles) == {PREFILL} else []
     words += ["--tf32"] if sidecar.settings.tf32 else []
-    words += ["--version-compatible"] if sidecar.settings.version_compatible else []
     return shlex.join([*words, "--force"])

@@ -42,10 +42,7 @@ def check_machine(sidecar: EngineSidecar, backend_version: str, engine_path: Pat
         expected = ", ".join(sidecar.compute_capabilities) + (", or later" if sidecar.forward_compatible else "")
         problems["GPU"] = f"got compute capability {gpu}, the engine was compiled for {expected}"
     if not _loads(sidecar, backend_version):
-        allowed = " or later" if sidecar.settings.version_compatible else ""
-        problems["TensorRT"] = (
-            f"got {sidecar.backend} {backend_version}, the engine needs {sidecar.backend_version}{allowed}"
-        )
+        problems["TensorRT"] = f"got {sidecar.backend} {backend_version}, the engine needs {sidecar.backend_version}"
     driver = driver_cuda_version()
     if sidecar.cuda_major is not None and driver is not None and driver[0] < sidecar.cuda_major:
         problems["CUDA"] = (
@@ -61,9 +58,8 @@ def check_machine(sidecar: EngineSidecar, backend_version: str, engine_path: Pat
 
 
 def _loads(sidecar: EngineSidecar, version: str) -> bool:
-    """Whether a version of the backend loads the engine: its own, or any later one of the same major version if allowed."""
-    got, built = (tuple(int(part) for part in text.split(".")[:3]) for text in (version, sidecar.backend_version))
-    return got == built or (sidecar.settings.version_compatible and got[0] == built[0] and got > built)
+    """Whether a version of the backend loads the engine: its own, whatever the build number."""
+    return version.split(".")[:3] == sidecar.backend_version.split(".")[:3]
 
 
 class LoadedEngine:
@@ -82,6 +78,8 @@ class LoadedEngine:
     """
 
     def __init__(self, bundle: Bundle, engine_path: Path, *, batch_size: int = 1) -> None:
+        self._stream: Any = None
+        self._context: Any = None
         self._buffers: dict[str, tuple[int, int]] = {}
         """Tensor name -> (device address, bytes)."""
         self._bound: dict[str, tuple[tuple[int, ...] | None, int]] = {}
@@ -136,6 +134,7 @@ class LoadedEngine:
 
     def feed(self, name: str, values: NDArray[Any]) -> None:
         """Copies an int64 input to the device and binds it."""
+        self.require(self._context is not None, "use an engine that was closed")
         host = np.ascontiguousarray(values, np.int64)
         address = self.address(name, host.nbytes)
         # Waits for the copy, so the host array may go.
@@ -256,10 +255,14 @@ class LoadedEngine:
     def close(self) -> None:
         """Frees the GPU memory of cache and inputs, and the graph; the engine's own goes with the object."""
         self._forget_graph()
+        self._context = None  # it is bound to what is freed now
         for address, _ in self._buffers.values():
             self._cuda.cudaFree(address)
         self._buffers.clear()
         self._bound.clear()
+        if self._stream is not None:
+            self._cuda.cudaStreamDestroy(self._stream)
+            self._stream = None
 
     def __del__(self) -> None:
         self.close()
