@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -278,6 +279,4 @@ class LlamaConfig:
 
 def float32_value(value: float) -> float:
     """``value`` rounded to float32. ONNX attributes are float32: the reference uses the same number."""
-    import numpy as np
-
-    return float(np.float32(value))
+    return float(struct.unpack("f", struct.pack("f", value))[0])

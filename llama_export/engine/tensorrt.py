@@ -43,7 +43,8 @@ def load_backend(backend: str) -> Any:
     """
     name = _MODULES[backend]
     try:
-        trt = importlib.import_module(name)
+        with deferred():  # an extension module makes an ImportError of whatever interrupts it
+            trt = importlib.import_module(name)
     except ModuleNotFoundError as err:
         raise MissingDependencyError(err.name or name, backend) from err
     except (ImportError, OSError) as err:

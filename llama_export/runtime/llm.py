@@ -2,7 +2,7 @@
 
 >>> import llama_export
 >>> llm = llama_export.load("build/tiny-llama")  # a folder that `llama-export export` made
->>> for piece in llm.generate("import ", temperature=0.8, top_p=0.95, seed=1, stop=["\n\n"]):
+>>> for piece in llm.generate("import ", temperature=0.8, top_p=0.95, seed=1, stop=["\\n\\n"]):
 ...     print(piece, end="", flush=True)
 >>> first, second = llm.complete(["def ", "class "], max_new_tokens=16)
 >>> first.text, first.finish_reason, first.decode_tokens_per_second

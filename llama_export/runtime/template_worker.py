@@ -12,11 +12,15 @@ in Jinja's sandbox: https://jinja.palletsprojects.com/en/stable/sandbox/.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    sys.path[:0] = sys.argv[1:]
+
 import json
 import pickle
 import resource
 import signal
-import sys
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -28,9 +32,6 @@ from jinja2.parser import Parser
 from jinja2.runtime import Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-
-if __name__ == "__main__":
-    sys.path[:0] = sys.argv[1:]
 
 MAX_MEMORY = 1 << 29
 """Address space of the process, bytes. Rendering a conversation of 128k tokens takes some 50 MB."""
