@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_export._system.interrupt import Deferred
+from llama_export._system.interrupt import Deferred, deferred
 from llama_export.bundle.placement import Progress
 from llama_export.errors import ArtifactMismatchError, MissingDependencyError, ToolchainError, install_command
 
