@@ -1,6 +1,6 @@
 # make demo   from nothing to a parity report: exports the bundled checkpoint, builds engines, generates, validates
 # make test   the tests in five minutes, CPU only: of long ones a sample, another one each day
-# make test-all  the tests that `make test` leaves out
+# make test-all  the tests that `make test` leaves out; make test-long: of these, those that are no whole grids
 # make check  ruff, mypy
 # make plugins  the TensorRT plugin library alone
 # make wheels   the wheels of both distributions, into dist/; WHEELS=--twice proves that their bytes are reproducible
@@ -19,7 +19,7 @@ BIN    := $(VENV)/bin
 BUNDLE := build/tiny-llama
 REPORT := build/report
 
-.PHONY: demo test test-all test-seconds check plugins wheels install-check kernels faults gpu bench constraints clean
+.PHONY: demo test test-all test-long test-seconds check plugins wheels install-check kernels faults gpu bench constraints clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -38,14 +38,17 @@ demo: $(VENV)/.plugins
 
 # Two processes, a file each at a time: fixtures that export or build are made once per file at most.
 test: $(VENV)/.plugins
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=20 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=20 -m "not slow and not long"
 
 test-all: $(VENV)/.plugins
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=20 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=20 -m "slow or long"
+
+test-long: $(VENV)/.plugins
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=20 -m long
 
 # After tests have become much slower or faster: what each takes, from a run of all of them.
 test-seconds: $(VENV)/.plugins
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --write-seconds
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" --write-seconds
 
 plugins: $(VENV)/.plugins
 

@@ -92,12 +92,12 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 # ---- tiers ------------------------------------------------------------------------------------------------------
-# `make test` runs what is not marked slow, `make test-all` the rest. Long functions are marked by what they take, which
-# tests/seconds.json remembers (`make test-seconds` measures it): a case above LONGEST seconds is slow; of a function
-# whose cases take longer than SHARE seconds together, a sample of about SHARE seconds is not, another one each day.
+# `make test` runs neither whole grids, which are marked slow, nor long functions; `make test-all` runs those. What a
+# function takes is in tests/seconds.json (`make test-seconds` measures it): a case above LONGEST seconds is long; of a
+# function whose cases take longer than SHARE seconds together, a sample of about SHARE seconds is not, another each day.
 
 SECONDS = Path(__file__).with_name("seconds.json")
-LONGEST, SHARE, LISTED = 12.0, 5.0, 2.0
+LONGEST, SHARE, LISTED = 8.0, 3.0, 2.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -130,7 +130,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             sample = {(first + index * len(cases) // kept) % len(cases) for index in range(kept)}
             for index, item in enumerate(cases):
                 if index not in sample:
-                    item.add_marker(pytest.mark.slow)
+                    item.add_marker(pytest.mark.long)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
