@@ -36,6 +36,8 @@ from typing import Any
 
 from build_wheels import DISTRIBUTIONS, PLATFORM, build_wheel
 
+from llama_export.errors import install_command
+
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "examples" / "tiny-llama"
 LIBRARY = "llama_export_plugins/libllama_export_plugins.so"
@@ -296,7 +298,7 @@ def check_base(checks: Checks, clean: Environment, wheel: Path, bundle: Path) ->
     measured["import_seconds"] = check_import(checks, clean)
     for command, (extra, *more) in NEEDS.items():
         answer = clean.command(command, str(bundle), *more)
-        hint = f"pip install 'llama-export[{extra}]'"
+        hint = install_command(extra)
         checks.add(
             f"base: `llama-export {command}` names the extra it needs",
             answer.get("exit_code") == 3 and answer.get("error", {}).get("hint") == hint,
