@@ -177,8 +177,11 @@ def load_bundle(folder: Path, *, ignore_hashes: bool = False, replacing: str | N
     if not ignore_hashes:
         for graph in manifest.functions.values():
             _check_hash(folder, graph.file, graph.sha256)
+        tensors: dict[str, list[TensorEntry]] = {file.name: [] for file in files}
+        for tensor in stored.values():
+            tensors[tensor.file].append(tensor)
         for entry, file in zip(manifest.weights, files, strict=True):
-            _check_weight_file(folder, entry, file, [one for one in stored.values() if one.file == entry.file])
+            _check_weight_file(folder, entry, file, tensors[entry.file])
         layers = {int(found[1]) for name in stored if (found := _LAYER.search(name))}
         if manifest.weights and layers != set(range(manifest.model.num_hidden_layers)):
             raise ArtifactMismatchError(

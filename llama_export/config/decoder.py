@@ -32,7 +32,7 @@ class Module:
     op: str | None = None
     """The custom op that computes it; None: operators of ONNX itself."""
     attributes: Mapping[str, int | float] = field(default_factory=dict)
-    """Of the custom op."""
+    """What the custom op's node carries: attribute -> value."""
 
 
 def decoder_modules(config: LlamaConfig, task: Task = "causal-lm") -> Iterator[Module]:

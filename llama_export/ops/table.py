@@ -212,6 +212,13 @@ _BY_ONNXRUNTIME = """
       (query_rope, key_rope, value, past_key, past_value, last, longest)
 """
 
+_PROJECTIONS_AND_ANGLES = (
+    TensorSpec("query", "T", "[B, S, H*D]"),
+    TensorSpec("key", "T", "[B, S, G*D]"),
+    TensorSpec("value", "T", "[B, S, G*D]"),
+    TensorSpec("cos", "float32", "[B, S, D/2]"),
+    TensorSpec("sin", "float32", "[B, S, D/2]"),
+)
 _ATTENTION_ATTRIBUTES = (
     AttributeSpec("num_heads", "int", "H, query heads"),
     AttributeSpec("num_kv_heads", "int", "G, key/value heads"),
@@ -224,11 +231,7 @@ ATTENTION = OpSpec(
     torch_name="attention",
     version=1,
     inputs=(
-        TensorSpec("query", "T", "[B, S, H*D]"),
-        TensorSpec("key", "T", "[B, S, G*D]"),
-        TensorSpec("value", "T", "[B, S, G*D]"),
-        TensorSpec("cos", "float32", "[B, S, D/2]"),
-        TensorSpec("sin", "float32", "[B, S, D/2]"),
+        *_PROJECTIONS_AND_ANGLES,
         TensorSpec("past_key", "T", "[B, G, C, D]"),
         TensorSpec("past_value", "T", "[B, G, C, D]"),
         TensorSpec("past_length", "int64", "[B]"),
@@ -275,11 +278,7 @@ MASKED_ATTENTION = OpSpec(
     torch_name="masked_attention",
     version=1,
     inputs=(
-        TensorSpec("query", "T", "[B, S, H*D]"),
-        TensorSpec("key", "T", "[B, S, G*D]"),
-        TensorSpec("value", "T", "[B, S, G*D]"),
-        TensorSpec("cos", "float32", "[B, S, D/2]"),
-        TensorSpec("sin", "float32", "[B, S, D/2]"),
+        *_PROJECTIONS_AND_ANGLES,
         TensorSpec("attention_mask", "int64", "[B, S]"),
     ),
     outputs=(TensorSpec("attn_output", "T", "[B, S, H*D]"),),

@@ -27,7 +27,7 @@ from llama_export.config.checks import whole_number, wrong_argument
 from llama_export.config.settings import RuntimeBackend
 from llama_export.errors import ConfigError
 from llama_export.runtime.generation import FinishReason, TokenEvent, check_request, generate_steps, rows_at_once
-from llama_export.runtime.opening import codec_of, open_head_session, open_session, opened_bundle
+from llama_export.runtime.opening import codec_of, open_session, opened_bundle
 from llama_export.runtime.protocol import CacheSession
 from llama_export.runtime.sampling import TokenLogprobs
 from llama_export.runtime.sampling_params import SamplingOptions, SamplingParams, sampling_with
@@ -36,9 +36,6 @@ from llama_export.runtime.text import TextCodec
 if TYPE_CHECKING:
     from llama_export.runtime.chat_template import ChatTemplate
 
-__all__ = [
-    "LLM", "Completion", "Prompt", "SamplingParams", "TextGeneration", "load", "open_head_session", "open_session",
-]  # fmt: skip
 Prompt = str | Iterable[int]
 """Text, or token ids."""
 
